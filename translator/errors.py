@@ -1,0 +1,138 @@
+"""The errors that a client sees: OpenAI's JSON, also for the answers that Envoy makes itself.
+
+Source of the form: https://platform.openai.com/docs/guides/error-codes; design decision 11.
+"""
+
+from typing import Any
+
+from google.protobuf.message import Message
+
+from xds import protos
+
+JSON = "application/json"
+LUA_METADATA = "llm"
+"""Dynamic metadata namespace in which the Lua script marks its own answers (key ``error``)."""
+
+
+def openai_error(message: str, kind: str, code: str) -> dict[str, Any]:
+    """Make OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def local_reply_config(max_request_bytes: int) -> Message:
+    """Turn Envoy's own answers into OpenAI's JSON; the first mapper that matches counts."""
+    return protos.LocalReplyConfig(
+        mappers=[
+            _mapper(
+                {
+                    "metadata_filter": {
+                        "matcher": {
+                            "filter": LUA_METADATA,
+                            "path": [{"key": "error"}],
+                            "value": {"bool_match": True},
+                        },
+                        "match_if_key_not_found": {"value": False},
+                    }
+                },
+                {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}, "content_type": JSON},
+            ),
+            _error(
+                _TUNNEL,
+                "Tunnels (CONNECT) and upgrades (WebSocket) are not supported: send plain HTTP requests, TLS to "
+                "the provider is made here.",
+                "invalid_request_error",
+                "unsupported_request",
+                status=405,
+            ),
+            _error(
+                _flags("NC"),
+                "The LLMProvider that this request is routed to does not exist.",
+                "server_error",
+                "provider_not_found",
+            ),
+            _error(
+                _flags("NR"),
+                "No LLMRoute and no LLMProvider takes this request: %REQ(:AUTHORITY)%.",
+                "invalid_request_error",
+                "route_not_found",
+            ),
+            _error(
+                _status(401),
+                "The provider of this request has no API key: its Secret or apiKey is missing.",
+                "authentication_error",
+                "provider_key_missing",
+            ),
+            _error(
+                _status(413),
+                f"The request body is larger than {max_request_bytes} bytes.",
+                "invalid_request_error",
+                "request_too_large",
+            ),
+            _error(
+                _flags("UT", "UPE", "SI", "DT"),
+                "The provider did not answer in time.",
+                "server_error",
+                "timeout",
+            ),
+            _error(
+                _flags("UF", "UH", "UC", "UR", "URX", "LR"),
+                "The provider could not be reached or broke off: %RESPONSE_CODE_DETAILS%.",
+                "server_error",
+                "provider_unreachable",
+            ),
+            _error(
+                _flags("UO"),
+                "The provider has too many requests under way.",
+                "server_error",
+                "overloaded",
+            ),
+            _error(
+                _status(499, "LE"),
+                "The request cannot be used: %RESPONSE_CODE_DETAILS%.",
+                "invalid_request_error",
+                "bad_request",
+            ),
+        ],
+        body_format={
+            "json_format": openai_error(
+                "The proxy cannot answer: %RESPONSE_CODE_DETAILS%.", "server_error", "internal_error"
+            ),
+            "content_type": JSON,
+        },
+    )
+
+
+def _mapper(filter_: dict[str, Any], body: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"filter": filter_, "body_format_override": body, **more}
+
+
+def _error(
+    filter_: dict[str, Any], message: str, kind: str, code: str, *, status: int | None = None
+) -> dict[str, Any]:
+    """``status`` replaces Envoy's."""
+    body = {"json_format": openai_error(message, kind, code), "content_type": JSON}
+    return _mapper(filter_, body, **({"status_code": {"value": status}} if status else {}))
+
+
+def _flags(*flags: str) -> dict[str, Any]:
+    return {"response_flag_filter": {"flags": flags}}
+
+
+def _status(status: int, operator: str = "EQ") -> dict[str, Any]:
+    value = {"default_value": status, "runtime_key": f"llmplane.status.{status}"}
+    return {"status_code_filter": {"comparison": {"op": operator, "value": value}}}
+
+
+def _header(name: str, **match: Any) -> dict[str, Any]:
+    return {"header_filter": {"header": {"name": name, **match}}}
+
+
+_TUNNEL = {
+    "or_filter": {
+        "filters": [
+            _header(":method", string_match={"exact": "CONNECT"}),
+            # Envoy refuses an upgrade that no upgrade_configs allow with 403.
+            {"and_filter": {"filters": [_status(403), _header("upgrade", present_match=True)]}},
+        ]
+    }
+}

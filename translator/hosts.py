@@ -1,0 +1,30 @@
+"""Host names as Kubernetes' DNS knows them."""
+
+
+def service_name(host: str, namespace: str, domain: str) -> tuple[str, str] | None:
+    """Read ``host`` as a Service: (name, namespace), or None where it is an external host.
+
+    A name without a dot is a Service of ``namespace``, as in Istio's VirtualService; the longer forms are
+    recognised by their ``svc`` part.
+    """
+    if "." not in host:
+        return (host, namespace) if host != "*" else None
+    parts = host.removesuffix(f".svc.{domain}").removesuffix(".svc")
+    if parts == host or parts.count(".") != 1:
+        return None
+    name, _, of = parts.partition(".")
+    return name, of
+
+
+def domains(host: str, namespace: str, client_namespace: str, domain: str) -> list[str]:
+    """All names by which a client in ``client_namespace`` may call ``host``.
+
+    A Service has its DNS forms (the bare name only inside its own namespace); anything else has one.
+    Ports need no entries: the connection manager strips them.
+    """
+    service = service_name(host, namespace, domain)
+    if service is None:
+        return [host]
+    name, of = service
+    forms = [f"{name}.{of}", f"{name}.{of}.svc", f"{name}.{of}.svc.{domain}"]
+    return [name, *forms] if of == client_namespace else forms

@@ -1,0 +1,140 @@
+"""The Lua script of the provider clusters, and the data that tell it what to do for one provider.
+
+The script (`llm_provider.lua`) is one text for all providers. It runs as an *upstream* HTTP filter, once for
+each attempt, in front of the credential injector. What differs between providers travels in the filter's own
+configuration, `envoy.extensions.filters.http.lua.v3.Lua.filter_context`, which `filter_context` makes.
+
+JSON values travel as JSON *text* and not as numbers of a protobuf Struct, which are doubles: `0.30` and
+`12345678901234567890` leave as they were written. Whatever has an order is a list: the order of a Struct's
+fields differs from one Lua VM to the next.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal
+
+SCRIPT = files("translator").joinpath("llm_provider.lua").read_text(encoding="utf-8")
+"""Text of the Lua script, for `Lua.default_source_code`."""
+
+SCRIPT_SHA256 = hashlib.sha256(SCRIPT.encode()).hexdigest()
+"""Hexadecimal SHA-256 of the script's UTF-8 bytes, to name a file that holds it."""
+
+CREDENTIAL_HEADERS = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
+"""The headers that a credential may be injected in.
+
+The script removes these before each attempt. A credential in any other header would be carried from a failed
+attempt on to the next provider, because all attempts share one header map.
+"""
+
+_HEADER_VALUE = re.compile(r"[!-~]+")
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member that the provider wants in the JSON object of a request body.
+
+    `path` is one key, or two for a member of an inner object
+    (`("stream_options", "include_usage")`). `value`
+    is JSON text, sent as it is. With the mode `force` it replaces what the client sent; with `fill` it is
+    inserted only when the client sent nothing (an explicit `null` is something).
+
+    Raises ValueError if `path` has neither one nor two keys, or `value` is not JSON (NaN is not).
+    """
+
+    path: tuple[str, ...]
+    value: str
+    mode: Literal["force", "fill"]
+
+    def __post_init__(self) -> None:
+        if len(self.path) not in (1, 2):
+            raise ValueError(f"member {'.'.join(self.path)!r}: a path has one or two keys")
+        try:
+            json.loads(self.value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"member {'.'.join(self.path)!r}: the value is not JSON: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of the provider's API.
+
+    `suffix` is the end of the client's path that selects it (`/chat/completions`); `path` is what is sent and
+    may have a query string. `members` are spliced into the body, which must be a JSON object then;
+    with None the body and its headers pass as they are, and the client's query is kept.
+
+    Raises ValueError if a path does not begin with `/` or has a character that a header cannot hold, or if
+    two members contradict each other: the same path twice, or a key and a member of the same key.
+    """
+
+    method: str
+    suffix: str
+    path: str
+    members: tuple[Member, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("suffix", self.suffix), ("path", self.path)):
+            if not value.startswith("/") or not _HEADER_VALUE.fullmatch(value):
+                raise ValueError(
+                    f"{name} {value!r}: must begin with / and hold visible ASCII characters only"
+                )
+        if self.suffix.endswith("/") or "?" in self.suffix:
+            raise ValueError(f"suffix {self.suffix!r}: must not end with / or hold a query string")
+        if self.members is None:
+            return
+        if self.method not in _BODY_METHODS:
+            raise ValueError(f"{self.method} {self.suffix}: has no body to put members in")
+        paths = [member.path for member in self.members]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ValueError(f"POST {self.suffix}: member {'.'.join(path)!r} is given twice")
+            if len(path) > 1 and path[:1] in paths:
+                raise ValueError(
+                    f"POST {self.suffix}: members {path[0]!r} and {'.'.join(path)!r} contradict each other"
+                )
+
+
+def filter_context(host: str, operations: Sequence[Operation]) -> dict[str, Any]:
+    """Return the `Lua.filter_context` of a provider, as the dict form of a protobuf Struct.
+
+    `host` is the `:authority` that is sent. The first of `operations` is the provider's own one, which also
+    answers POST to `/`. The `id` in the result is a hash of all the rest: under it the script keeps what it
+    made of a context.
+
+    Raises ValueError if `host` is not a header value, the first operation is not a POST, or one comes twice.
+    """
+    if not _HEADER_VALUE.fullmatch(host):
+        raise ValueError(f"host {host!r}: must hold visible ASCII characters only")
+    if not operations or operations[0].method != "POST":
+        raise ValueError("the first operation must be a POST: it is the provider's own")
+    keys = [(operation.method, operation.suffix) for operation in operations]
+    if len(set(keys)) < len(keys):
+        raise ValueError("an operation (method and suffix) is given twice")
+    own = operations[0]
+    prefix = own.path.removesuffix(own.suffix) if own.path.endswith(own.suffix) else ""
+    listed = [_operation(operation, prefix) for operation in operations]
+    context = {"host": host, "prefix": prefix, "operations": listed}
+    canonical = json.dumps(context, sort_keys=True, separators=(",", ":"))
+    return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], **context}
+
+
+def _operation(operation: Operation, prefix: str) -> str | list[str | list[str]]:
+    """Write an operation short, since each provider has half a dozen: `METHOD suffix [path]`.
+
+    The path is left out where it is prefix and suffix; in a list of the text and the members, the body is
+    spliced; the text alone is an operation whose body passes unseen.
+    """
+    text = f"{operation.method} {operation.suffix}"
+    if operation.path != prefix + operation.suffix:
+        text += f" {operation.path}"
+    if operation.members is None:
+        return text
+    return [text, *([member.mode, member.value, *member.path] for member in operation.members)]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,267 @@
+"""LLMRoute -> virtual hosts: routes only choose clusters, in the order of the rules.
+
+Matches and precedence follow Istio's VirtualService (asm-and-istio.md 4.5); design decisions 9 to 13.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from google.protobuf.message import Message
+
+from crds.llmprovider import LLMProvider
+from crds.llmroute import LLMBackendRef, LLMRequestMatch, LLMRoute, LLMRule, resolve_gateway
+from crds.meta import StringMatch
+from crds.problems import ObjectKey
+from translator.clusters import Destination
+from translator.hosts import domains
+from translator.proxy import Proxy
+from translator.world import MESH, MeshSettings, World
+from xds import protos
+
+_IDLE_TIMEOUT = timedelta(hours=1)
+"""How long a stream may be silent. Envoy's defaults (15 s a request, 5 min of silence) cut LLM answers."""
+
+_BEFORE_THE_REQUEST = ("connect-failure", "refused-stream", "reset-before-request")
+"""Failures that cannot have been billed: the provider has not seen the request (design decision 12)."""
+
+_FAILURES = ("connect-failure", "refused-stream", "reset", "retriable-status-codes")
+_TOO_MANY_REQUESTS = 429
+_FAILURE_STATUSES = (_TOO_MANY_REQUESTS, 500, 502, 503, 504)
+
+_LONGEST_RETRY_AFTER = timedelta(seconds=60)
+"""A provider that asks for a longer pause is not asked again within the request."""
+
+NOT_FORWARDED = (
+    "api-key",
+    "authorization",
+    "cookie",
+    "forwarded",
+    "proxy-authorization",
+    "via",
+    "x-api-key",
+    "x-forwarded-proto",
+    "x-request-id",
+)
+"""Request headers that never leave towards a provider (design decision 10); the connection manager takes
+those away that begin with ``x-envoy-`` or ``x-forwarded-``, and the Lua script what an attempt added."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTable:
+    """The routes of one proxy, and the destinations that they name (in order of first use)."""
+
+    routes: Message
+    """The route configuration."""
+    destinations: tuple[Destination, ...]
+    objects: tuple[ObjectKey, ...]
+    """The objects that the virtual hosts come from."""
+
+
+def route_table(world: World, proxy: Proxy, name: str) -> RouteTable:
+    """Make the route configuration of a proxy: a virtual host for each LLMRoute and each provider without one.
+
+    A domain belongs to the first that claims it: two virtual hosts with one domain would make Envoy refuse
+    the whole route configuration.
+    """
+    providers = world.providers_for(proxy)
+    hosts: list[Message] = []
+    destinations: dict[Destination, None] = {}
+    taken: set[str] = set()
+    objects: list[ObjectKey] = []
+
+    def claim(host: str, namespace: str) -> list[str]:
+        names = domains(host, namespace, proxy.namespace, world.mesh.cluster_domain)
+        free = [name for name in names if name not in taken]
+        taken.update(free)
+        return free
+
+    for route in world.routes_for(proxy):
+        names = claim(route.spec.host, route.namespace)
+        if not names:
+            continue
+        usable = {
+            host: provider for host, provider in providers.items() if provider.exported_to(route.namespace)
+        }
+        objects.append(route.key)
+        rules = list(_routes(route, usable, proxy, destinations))
+        hosts.append(_virtual_host(route.spec.host, names, rules, world.mesh))
+    for host, provider in sorted(providers.items()):
+        if not provider.exported_to(proxy.namespace) or _is_routed(host, taken):
+            continue
+        if names := claim(host, proxy.namespace):
+            objects.append(provider.key)
+            target = Destination.of(provider)
+            destinations[target] = None
+            action = {
+                "cluster": target.cluster_name,
+                **_timeouts(None),
+                "retry_policy": _retry_policy(None, []),
+            }
+            route_of_all = protos.Route(name="default", match={"prefix": "/"}, route=action)
+            hosts.append(_virtual_host(host, names, [route_of_all], world.mesh))
+    # On the route configuration and not on each host: bytes on the wire.
+    routes = protos.RouteConfiguration(
+        name=name, virtual_hosts=hosts, request_headers_to_remove=NOT_FORWARDED
+    )
+    return RouteTable(routes, tuple(destinations), tuple(objects))
+
+
+def _is_routed(host: str, taken: set[str]) -> bool:
+    """Whether the wildcard host of an LLMRoute takes this one: as in Istio, a route is before what it routes to."""
+    return any(name.startswith("*") and host.endswith(name[1:]) for name in taken)
+
+
+def _virtual_host(name: str, names: Sequence[str], routes: Sequence[Message], mesh: MeshSettings) -> Message:
+    return protos.VirtualHost(
+        name=name,
+        domains=names,
+        routes=routes,
+        request_body_buffer_limit={"value": mesh.max_request_bytes},
+    )
+
+
+def _routes(
+    route: LLMRoute,
+    providers: Mapping[str, LLMProvider],
+    proxy: Proxy,
+    destinations: dict[Destination, None],
+) -> Iterator[Message]:
+    """Rules in their order, a route for each match; nothing comes after the first rule that takes all."""
+    for index, rule in enumerate(route.spec.rules):
+        matches = [m for m in rule.matches if _applies(m, route.namespace, proxy)]
+        if rule.matches and not matches:
+            continue
+        action = _action(rule, providers, destinations)
+        name = rule.name or f"rule-{index}"
+        catch_all = False
+        for match in matches or [LLMRequestMatch()]:
+            headers = [_header_matcher(header, value) for header, value in match.headers.items()]
+            yield protos.Route(name=name, match={"prefix": "/", "headers": headers}, **action)
+            catch_all = catch_all or not headers
+        if catch_all:
+            return
+
+
+def _applies(match: LLMRequestMatch, namespace: str, proxy: Proxy) -> bool:
+    """Whether a match can be true on this sidecar: what Envoy does not know is decided here."""
+    on_mesh = not match.gateways or MESH in {resolve_gateway(name, namespace) for name in match.gateways}
+    return on_mesh and proxy.has_labels(match.source_labels)
+
+
+def _header_matcher(name: str, match: StringMatch) -> Message:
+    """Istio's StringMatch; an empty one and the regex ``*`` ask for presence only."""
+    if match.is_present:
+        return protos.HeaderMatcher(name=name, present_match=True)
+    if match.exact is not None:
+        return protos.HeaderMatcher(name=name, string_match={"exact": match.exact})
+    if match.prefix is not None:
+        return protos.HeaderMatcher(name=name, string_match={"prefix": match.prefix})
+    return protos.HeaderMatcher(name=name, string_match={"safe_regex": {"regex": match.regex}})
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One backendRef of a rule: its cluster and its part of the requests."""
+
+    cluster: str
+    weight: int
+    known: bool
+
+
+def _action(
+    rule: LLMRule, providers: Mapping[str, LLMProvider], destinations: dict[Destination, None]
+) -> dict[str, Any]:
+    """Choose the clusters of a rule."""
+    groups = [
+        [_share(rule, ref, weight, providers, destinations) for ref, weight in group]
+        for group in rule.priority_groups()
+    ]
+    if len(groups) > 1:
+        # With an order, a provider that is not there is one that fails: the next group takes its part.
+        known = [[share for share in group if share.known] for group in groups]
+        groups = [group for group in known if group] or groups[:1]
+    action: dict[str, Any] = {**_timeouts(rule), "retry_policy": _retry_policy(rule, groups)}
+    if len(groups) > 1:
+        action["inline_cluster_specifier_plugin"] = _priority_groups(groups)
+    elif len(groups[0]) > 1:
+        clusters = [{"name": share.cluster, "weight": {"value": share.weight}} for share in groups[0]]
+        action["weighted_clusters"] = {"clusters": clusters}
+    else:
+        action["cluster"] = groups[0][0].cluster
+    return {"route": action}
+
+
+def _share(
+    rule: LLMRule,
+    ref: LLMBackendRef,
+    weight: int,
+    providers: Mapping[str, LLMProvider],
+    destinations: dict[Destination, None],
+) -> _Share:
+    """Refer to a provider; one that is not there is a cluster that is not there: a 503 for its share."""
+    provider = providers.get(ref.provider_host) if ref.provider_host else None
+    if provider is None:
+        return _Share(f"missing|{_reference(ref)}", weight, known=False)
+    target = Destination.of(provider, rule.name, ref.host_rewrite)
+    destinations[target] = None
+    return _Share(target.cluster_name, weight, known=True)
+
+
+def _reference(ref: LLMBackendRef) -> str:
+    backend = ref.backend_ref
+    return f"{backend.kind} {backend.name}" if backend else str(ref.provider_host)
+
+
+def _priority_groups(groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
+    """Ordered fallback: each attempt takes the next group."""
+    specifier = protos.PriorityGroupClusterSpecifier(
+        priority_groups=[
+            {
+                "name": f"priority-{priority}",
+                "clusters": [
+                    {"cluster_name": share.cluster, "weight": {"value": share.weight}} for share in shares
+                ],
+            }
+            for priority, shares in enumerate(groups)
+        ]
+    )
+    return {"extension": {"name": "priority_group", "typed_config": protos.pack(specifier)}}
+
+
+def _timeouts(rule: LLMRule | None) -> dict[str, Any]:
+    timeout = rule.timeout if rule and rule.timeout else timedelta()
+    return {"timeout": timeout, "idle_timeout": _IDLE_TIMEOUT}
+
+
+def _retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
+    """Say what moves a request on to the next provider.
+
+    Without ``retries`` and ``priority`` only what happened before the request was sent: a retry of anything
+    else can bill twice (design decision 12).
+    """
+    retries = rule.retries if rule else None
+    others = max([len(groups), *map(len, groups)], default=1) - 1
+    policies: Sequence[str] = _BEFORE_THE_REQUEST
+    statuses: Sequence[int] = ()
+    if retries or len(groups) > 1:
+        policies, statuses = _FAILURES, _FAILURE_STATUSES
+    if retries and retries.retry_on:
+        policies, statuses = retries.policies, retries.status_codes
+    policy: dict[str, Any] = {
+        "retry_on": ",".join(policies),
+        "retriable_status_codes": statuses,
+        "num_retries": {"value": retries.attempts if retries else max(others, 1)},
+        # Pick the cluster anew, so that the next attempt is the next provider's.
+        "refresh_cluster_on_retry": True,
+    }
+    if retries and retries.per_try_timeout:
+        policy["per_try_timeout"] = retries.per_try_timeout
+    if not others and _TOO_MANY_REQUESTS in statuses:
+        # The only provider said when to come back; where there is another one, nobody waits.
+        policy["rate_limited_retry_back_off"] = {
+            "reset_headers": [{"name": "retry-after", "format": "SECONDS"}],
+            "max_interval": _LONGEST_RETRY_AFTER,
+        }
+    return policy

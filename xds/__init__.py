@@ -1,0 +1,1 @@
+"""The xDS management server: messages, resources, snapshots and the protocol. It knows nothing of LLMs."""

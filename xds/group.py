@@ -1,0 +1,236 @@
+"""What the streams of one group of proxies share: a history, encoded responses, quarantine.
+
+All proxies of a group are sent the same resources. What they should have moves from `Point` to `Point`; a
+stream compares where it is with the newest point and never sees a queue of those between. A response that
+takes a stream from one set of resources to the next is encoded once, nonce included, and the same bytes go
+to every stream at the same place (a nonce need only be unique within its stream; a stream uses responses in
+the order of their numbers).
+
+Quarantine: a version of a resource that a proxy refused (NACK) and that no proxy of the group ever accepted
+(ACK) is replaced, for all proxies of the group, by the version that was accepted last, or else is held: who
+has any version keeps it, newcomers go without. That lasts until the content changes, or until some proxy
+accepts that very version after all; a proxy that refuses what others accept is alone with its refusal (see
+`Subscription.refused`).
+
+No I/O and no clock in here.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+from weakref import WeakValueDictionary
+
+from xds.resources import Resource, encode_field
+from xds.snapshot import EMPTY, ResourceSet, Snapshot
+
+MAX_DETAIL: Final = 1024
+"""Characters of an Envoy's error text that are kept."""
+
+
+class Response:
+    """An encoded response and what it does to the client that accepts it."""
+
+    __slots__ = ("__weakref__", "accepted", "changes", "data", "endpoints", "nonce", "number", "removes")
+
+    def __init__(self, data: bytes, number: int, changes: Mapping[str, Resource | None]) -> None:
+        self.data = data
+        self.number = number
+        self.nonce = nonce_of(number)
+        self.changes = changes
+        """Per name what the client has afterwards (None: nothing)."""
+        self.removes = any(resource is None for resource in changes.values())
+        self.endpoints = frozenset(r.endpoints for r in changes.values() if r is not None and r.endpoints)
+        self.accepted = False
+        """Whether any client accepted it."""
+
+
+def nonce_of(number: int) -> str:
+    """Return the nonce of the response with this number; numbers grow over all responses of a server."""
+    return f"{number:x}"
+
+
+class Point:
+    """What the proxies of a group should have, at one step of its history; the sequence grows."""
+
+    __slots__ = ("_sets", "sequence", "shared", "variants")
+
+    def __init__(self, sequence: int, sets: Mapping[str, ResourceSet]) -> None:
+        self.sequence = sequence
+        self._sets = sets
+        self.shared: WeakValueDictionary[Hashable, Response] = WeakValueDictionary()
+        """Responses that several streams can use; each lives until the last client answered it."""
+        self.variants: WeakValueDictionary[Hashable, ResourceSet] = WeakValueDictionary()
+        """Sets that are, for several streams, between two points; each lives as long as a client has it."""
+
+    def __getitem__(self, type_url: str) -> ResourceSet:
+        return self._sets.get(type_url, EMPTY)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sets)
+
+
+ORIGIN: Final = Point(0, {})
+"""Before anything was sent."""
+
+
+class Holding:
+    """What a client holds of one type: a set that many share, and what is different (None: absent)."""
+
+    __slots__ = ("base", "own")
+
+    def __init__(self) -> None:
+        self.base: ResourceSet = EMPTY
+        self.own: dict[str, Resource | None] = {}
+
+    def get(self, name: str) -> Resource | None:
+        """Return what the client has under that name."""
+        return self.own[name] if name in self.own else self.base.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of what the client has."""
+        yield from (name for name in self.base if name not in self.own)
+        yield from (name for name, resource in self.own.items() if resource is not None)
+
+    def rebase(self, base: ResourceSet) -> None:
+        """Express the same holding in terms of another set."""
+        own = self.own
+        for name in base.changed(self.base):
+            own.setdefault(name, self.base.get(name))
+        self.base = base
+        for name in [name for name, resource in own.items() if resource == base.get(name)]:
+            del own[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A version of a resource that is in quarantine, and why."""
+
+    group: Hashable
+    type_url: str
+    name: str
+    version: str
+    detail: str
+    """Envoy's words (error_detail.message), cut at MAX_DETAIL."""
+    since: float
+    """Seconds since the epoch."""
+    node_id: str
+    """The proxy that refused it first."""
+
+
+class Group:
+    """The shared state of the proxies that get the same snapshot."""
+
+    def __init__(self, key: Hashable, snapshot: Snapshot, *, identifier: str, numbers: Iterator[int]) -> None:
+        self.key = key
+        self.point = ORIGIN
+        self.refusals: dict[tuple[str, str], Refusal] = {}
+        self.wakers: set[Callable[[], None]] = set()
+        """One of each stream, called whenever there is a new point."""
+        self._snapshot = Snapshot()
+        self._good: dict[str, Holding] = {}
+        self._control_plane = encode_field(1, identifier.encode())
+        self._numbers = numbers
+        self.publish(snapshot)
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Make `snapshot` what the proxies of the group should have."""
+        sets = {}
+        for type_url in {*snapshot, *self._snapshot}:
+            old, new = self._snapshot[type_url], snapshot[type_url]
+            sets[type_url] = new if new.changed(old) else old
+        self._snapshot = Snapshot.from_sets(sets)
+        for (type_url, name), refusal in list(self.refusals.items()):
+            if not self.has(refusal):
+                del self.refusals[type_url, name]
+        self._step()
+
+    def has(self, refusal: Refusal) -> bool:
+        """Whether the refused version is still the one that the proxies should have."""
+        resource = self._snapshot[refusal.type_url].get(refusal.name)
+        return resource is not None and resource.version == refusal.version
+
+    def refuse(self, refusal: Refusal, fallback: Resource | None) -> None:
+        """Put a resource into quarantine, unless it is of the past or a proxy of the group accepted it.
+
+        `fallback` is what the refusing proxy has instead; it counts if nothing better is known.
+        """
+        good = self._good_of(refusal.type_url)
+        last = good.get(refusal.name)
+        if not self.has(refusal) or (last is not None and last.version == refusal.version):
+            return
+        if last is None and fallback is not None and fallback.delta_frame:
+            good.own[refusal.name] = fallback
+        self.refusals[refusal.type_url, refusal.name] = refusal
+        self._step()
+
+    def accept(self, type_url: str, response: Response) -> None:
+        """Note that a proxy accepted a response; what it brought is good for the group."""
+        if response.accepted:
+            return
+        response.accepted = True
+        good = self._good_of(type_url)
+        good.own.update(response.changes)
+        lifted = [
+            key
+            for key, refusal in self.refusals.items()
+            if key[0] == type_url
+            and refusal.version == getattr(response.changes.get(key[1]), "version", None)
+        ]
+        for key in lifted:
+            del self.refusals[key]
+        if lifted:
+            self._step()
+        good.rebase(self.point[type_url])
+
+    def report(self, type_url: str, base: ResourceSet, exceptions: Mapping[str, Resource | None]) -> None:
+        """Note that a proxy came with the resources of `base` except `exceptions`: they are good."""
+        good = self._good_of(type_url)
+        good.rebase(base)
+        for name in [name for name in good.own if name in base and name not in exceptions]:
+            del good.own[name]
+
+    def encode_delta(self, type_url: str, version: str, changes: Mapping[str, Resource | None]) -> Response:
+        """Encode a DeltaDiscoveryResponse."""
+        number = next(self._numbers)
+        parts: list[bytes | memoryview] = [encode_field(1, version.encode())]
+        parts += [resource.delta_frame for resource in changes.values() if resource is not None]
+        parts.append(encode_field(4, type_url.encode()))
+        parts.append(encode_field(5, nonce_of(number).encode()))
+        parts += [encode_field(6, name.encode()) for name, resource in changes.items() if resource is None]
+        parts.append(encode_field(7, self._control_plane))
+        return Response(b"".join(parts), number, changes)
+
+    def encode_sotw(
+        self,
+        type_url: str,
+        version: str,
+        resources: Iterable[Resource],
+        changes: Mapping[str, Resource | None],
+    ) -> Response:
+        """Encode a DiscoveryResponse with `resources`, which brings `changes` to the client."""
+        number = next(self._numbers)
+        parts: list[bytes | memoryview] = [encode_field(1, version.encode())]
+        parts += [resource.sotw_frame for resource in resources]
+        parts.append(encode_field(4, type_url.encode()))
+        parts.append(encode_field(5, nonce_of(number).encode()))
+        parts.append(encode_field(6, self._control_plane))
+        return Response(b"".join(parts), number, changes)
+
+    def _good_of(self, type_url: str) -> Holding:
+        return self._good.setdefault(type_url, Holding())
+
+    def _step(self) -> None:
+        """Move to a new point if what the proxies should have is different from the current one."""
+        replacements: dict[str, dict[str, Resource | None]] = {}
+        for type_url, name in self.refusals:
+            good = self._good_of(type_url).get(name)
+            replacements.setdefault(type_url, {})[name] = good or Resource.unknown(type_url, name)
+        sets = {}
+        for type_url in {*self._snapshot, *self.point}:
+            current = self.point[type_url]
+            new = self._snapshot[type_url].replace(replacements.get(type_url, {}))
+            sets[type_url] = new if new.changed(current) else current
+        if self.point is ORIGIN or any(self.point[type_url] is not new for type_url, new in sets.items()):
+            self.point = Point(next(self._numbers), sets)
+            for wake in self.wakers:
+                wake()

@@ -1,0 +1,111 @@
+"""One named resource of xDS, encoded and framed once.
+
+Encoding is what costs when one change goes to a thousand proxies, so a resource carries its bytes in the
+form in which both protocol variants put them on the wire (`envoy/service/discovery/v3/discovery.proto`):
+
+* delta: `DeltaDiscoveryResponse.resources` (field 2) of type `Resource` with name, version and resource;
+* state of the world: `DiscoveryResponse.resources` (field 2) of type `google.protobuf.Any`.
+
+The member `resource` of `Resource` is field 2 as well. It is put last, so the frame for state of the
+world is the tail of the frame for delta, and one bytes object serves both.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+TYPE_URL_PREFIX: Final = "type.googleapis.com/"
+CDS: Final = TYPE_URL_PREFIX + "envoy.config.cluster.v3.Cluster"
+EDS: Final = TYPE_URL_PREFIX + "envoy.config.endpoint.v3.ClusterLoadAssignment"
+LDS: Final = TYPE_URL_PREFIX + "envoy.config.listener.v3.Listener"
+SRDS: Final = TYPE_URL_PREFIX + "envoy.config.route.v3.ScopedRouteConfiguration"
+RDS: Final = TYPE_URL_PREFIX + "envoy.config.route.v3.RouteConfiguration"
+SDS: Final = TYPE_URL_PREFIX + "envoy.extensions.transport_sockets.tls.v3.Secret"
+ECDS: Final = TYPE_URL_PREFIX + "envoy.config.core.v3.TypedExtensionConfig"
+
+PUSH_ORDER: Final = (CDS, EDS, LDS, SRDS, RDS, SDS, ECDS)
+"""Who may refer to whom: a type is sent before those that refer to it (xds_protocol, "Eventual
+consistency")."""
+
+WILDCARD_TYPES: Final = frozenset({CDS, LDS, SRDS})
+"""Types of which a client gets all when it names none. Envoy asks for scoped routes in this way, too."""
+
+
+def encode_field(number: int, payload: bytes) -> bytes:
+    """Encode a length-delimited protobuf field (string, bytes or message)."""
+    return b"".join((bytes(((number << 3) | 2,)), encode_varint(len(payload)), payload))
+
+
+def encode_varint(value: int) -> bytes:
+    """Encode a non-negative number in protobuf's base-128 form."""
+    encoded = bytearray()
+    while value >> 7:
+        encoded.append((value & 0x7F) | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Resource:
+    """A named resource; two with the same type, name and version have the same content.
+
+    `version` is a hash of the content, so that replicas agree and a restart changes nothing. The bytes stay
+    out of `repr`: a Secret holds a key.
+
+    `held` says: this resource exists, but its newest content is not known (its source cannot be read). A
+    client that has any version of it is left alone; one that has none gets the content given here, if there
+    is any.
+    """
+
+    type_url: str
+    name: str
+    version: str
+    held: bool = False
+    endpoints: str = ""
+    """Of a Cluster of type EDS: the name of its ClusterLoadAssignment, which has to follow it."""
+    delta_frame: bytes = field(default=b"", repr=False, compare=False)
+    body_size: int = field(default=0, compare=False)
+
+    @classmethod
+    def of(cls, message: Message, name: str | None = None, *, held: bool = False) -> "Resource":
+        """Encode `message`.
+
+        Its name is, unless given, its field `name` (`cluster_name` of a ClusterLoadAssignment).
+        """
+        full_name = message.DESCRIPTOR.full_name
+        type_url = TYPE_URL_PREFIX + full_name
+        if name is None:
+            name = str(getattr(message, "cluster_name" if type_url == EDS else "name"))
+        content = message.SerializeToString(deterministic=True)
+        body = encode_field(1, type_url.encode()) + encode_field(2, content)
+        version = hashlib.sha256(body).hexdigest()[:16]
+        frame = encode_field(
+            2, encode_field(3, name.encode()) + encode_field(1, version.encode()) + encode_field(2, body)
+        )
+        endpoints = _endpoints(message) if type_url == CDS else ""
+        return cls(type_url, name, version, held, endpoints, frame, len(body))
+
+    @classmethod
+    def unknown(cls, type_url: str, name: str, version: str = "") -> "Resource":
+        """Make a resource whose content is not known here; without a version it is held."""
+        return cls(type_url, name, version, held=not version)
+
+    @property
+    def body(self) -> bytes:
+        """The encoded `google.protobuf.Any`; empty if the content is not known."""
+        return self.delta_frame[len(self.delta_frame) - self.body_size :]
+
+    @property
+    def sotw_frame(self) -> memoryview:
+        """The field of a DiscoveryResponse that carries this resource."""
+        header = 1 + len(encode_varint(self.body_size))
+        return memoryview(self.delta_frame)[len(self.delta_frame) - self.body_size - header :]
+
+
+def _endpoints(cluster: Any) -> str:
+    if cluster.WhichOneof("cluster_discovery_type") != "type" or cluster.type != cluster.EDS:
+        return ""
+    return str(cluster.eds_cluster_config.service_name or cluster.name)

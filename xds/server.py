@@ -1,0 +1,380 @@
+"""The xDS management server: the I/O around `xds.stream`, on grpc.aio.
+
+Serves the aggregated discovery service and the separate services, each in both variants. A stream is two
+tasks: one reads requests into the state machines, one writes what they return. The writer asks for the next
+response when the transport took the last one, so a slow client holds one message and never a queue.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Final, Protocol
+
+import grpc
+import structlog
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from xds import protos
+from xds.delta import DeltaSubscription
+from xds.group import MAX_DETAIL, Group, Refusal
+from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, SRDS
+from xds.snapshot import Snapshot
+from xds.sotw import SotwSubscription
+from xds.status import ProxyStatus, type_status
+from xds.stream import MAX_TYPES, Stream, TooManyTypesError
+from xds.subscription import MAX_NAMES, TooManyNamesError
+
+log = structlog.get_logger(__name__)
+
+AGGREGATED: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+SERVICES: Final = {
+    AGGREGATED: ("AggregatedResources", ""),
+    "envoy.service.cluster.v3.ClusterDiscoveryService": ("Clusters", CDS),
+    "envoy.service.endpoint.v3.EndpointDiscoveryService": ("Endpoints", EDS),
+    "envoy.service.listener.v3.ListenerDiscoveryService": ("Listeners", LDS),
+    "envoy.service.route.v3.ScopedRoutesDiscoveryService": ("ScopedRoutes", SRDS),
+    "envoy.service.route.v3.RouteDiscoveryService": ("Routes", RDS),
+    "envoy.service.secret.v3.SecretDiscoveryService": ("Secrets", SDS),
+    "envoy.service.extension.v3.ExtensionConfigDiscoveryService": ("ExtensionConfigs", ECDS),
+}
+"""Per gRPC service: what follows `Stream` and `Delta` in the names of its methods, and its type."""
+
+OPTIONS: Final = (
+    # initial_resource_versions of 60,000 names are 4.6 MB, and gRPC's own limit is 4 MB.
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_concurrent_streams", 1 << 20),
+    # A half-open connection is noticed only with the time-out of the ping (seen with grpcio 1.85).
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # So that proxies spread over replicas again. gRPC varies the age by a tenth either way.
+    ("grpc.max_connection_age_ms", 11 * 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 120_000),
+    # Two servers would share a port without a word.
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Who a proxy says it is (`envoy.config.core.v3.Node`), as far as somebody asked for it."""
+
+    id: str
+    cluster: str
+    metadata: dict[str, Any]
+    version: str
+    """Envoy's version, `1.40.0`; empty if the client does not say."""
+
+
+class NodeRejected(Exception):  # noqa: N818 - it is no error of this program
+    """Raised by `SnapshotSource.group` for a node that is not served; the text goes to the proxy."""
+
+    def __init__(self, text: str, *, forbidden: bool = False) -> None:
+        super().__init__(text)
+        self.status = grpc.StatusCode.PERMISSION_DENIED if forbidden else grpc.StatusCode.INVALID_ARGUMENT
+
+
+class SnapshotSource(Protocol):
+    """Where the server learns what a proxy should have."""
+
+    def group(self, node: Node) -> Hashable:
+        """Return which snapshot this proxy gets. Raises NodeRejected."""
+
+    def snapshot(self, group: Hashable) -> Snapshot:
+        """Return the current snapshot of a group; asked when the first proxy of a group connects."""
+
+
+class _Closed(Exception):  # noqa: N818 - an outcome
+    """A stream is to be ended with this status."""
+
+    def __init__(self, status: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ManagementServer:
+    """Keeps every connected proxy on the newest good version of its group's snapshot.
+
+    All methods belong to the event loop that `start` ran in. `identifier` is what Envoy shows as the
+    statistic `control_plane.identifier`.
+    """
+
+    def __init__(self, source: SnapshotSource, *, identifier: str) -> None:
+        self.on_change: Callable[[], None] | None = None
+        """Called after everything that changes `proxies()` or `refusals()`; it should be quick."""
+        self._source = source
+        self._identifier = identifier
+        self._numbers: Iterator[int] = count(1)
+        self._groups: dict[Hashable, Group] = {}
+        self._connections: set[_Connection] = set()
+        self._ready = False
+        self._stopping = False
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, address: str) -> int:
+        """Listen on `address` (`host:port`, port 0: any) without TLS; return the port.
+
+        Raises RuntimeError if that address cannot be had.
+        """
+        self._server = grpc.aio.server(options=OPTIONS)
+        for service, (methods, type_url) in SERVICES.items():
+            handlers = {
+                f"Stream{methods}": grpc.stream_stream_rpc_method_handler(
+                    self._handler(type_url, delta=False)
+                ),
+                f"Delta{methods}": grpc.stream_stream_rpc_method_handler(self._handler(type_url, delta=True)),
+            }
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        port = self._server.add_insecure_port(address)
+        await self._server.start()
+        return port
+
+    def ready(self) -> None:
+        """Begin to serve. Until then streams are refused: an empty world would remove what is in use."""
+        self._ready = True
+
+    async def stop(self) -> None:
+        """End all streams, then the server. Proxies keep what they have, and connect again."""
+        self._stopping = True
+        for connection in list(self._connections):
+            connection.close()
+        if self._server is not None:
+            await self._server.stop(grace=0.5)
+
+    def publish(self, snapshots: Mapping[Hashable, Snapshot]) -> None:
+        """Make these the newest snapshots of their groups; groups that no proxy asked for are skipped."""
+        for key, snapshot in snapshots.items():
+            if key in self._groups:
+                self._groups[key].publish(snapshot)
+        self.changed()
+
+    def groups(self) -> list[Hashable]:
+        """Return the groups that have proxies now."""
+        return [key for key, group in self._groups.items() if group.wakers]
+
+    def forget(self, key: Hashable) -> None:
+        """Forget what is known of a group without proxies: what they accepted and what they refused."""
+        if key in self._groups and not self._groups[key].wakers:
+            del self._groups[key]
+
+    def proxies(self) -> list[ProxyStatus]:
+        """Return the state of each stream, ordered by node id."""
+        statuses = [connection.status() for connection in self._connections]
+        return sorted(statuses, key=lambda status: (status.node_id, status.connected_since))
+
+    def refusals(self) -> list[Refusal]:
+        """Return what is in quarantine."""
+        return [refusal for group in self._groups.values() for refusal in group.refusals.values()]
+
+    def changed(self) -> None:
+        """Tell whoever listens that the status changed."""
+        if self.on_change is not None:
+            self.on_change()
+
+    def _handler(
+        self, type_url: str, *, delta: bool
+    ) -> Callable[[Any, grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]]:
+        async def handle(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+            if self._stopping or not self._ready:
+                text = "stopping" if self._stopping else "not ready: sources are still being read"
+                await context.abort(grpc.StatusCode.UNAVAILABLE, text)
+            connection = _Connection(self, context, type_url, delta=delta)
+            try:
+                await connection.run()
+            except _Closed as closed:
+                await context.abort(closed.status, str(closed))
+
+        return handle
+
+    def join(self, connection: "_Connection", node: Node) -> Group:
+        """Put a stream into the group of its node. Raises NodeRejected."""
+        key = self._source.group(node)
+        group = self._groups.get(key)
+        if group is None:
+            group = Group(key, self._source.snapshot(key), identifier=self._identifier, numbers=self._numbers)
+            self._groups[key] = group
+        elif not group.wakers:
+            # It may not have been published to while nobody was there.
+            group.publish(self._source.snapshot(key))
+        group.wakers.add(connection.wake)
+        self._connections.add(connection)
+        return group
+
+    def leave(self, connection: "_Connection", group: Group) -> None:
+        """Take a stream out of its group."""
+        group.wakers.discard(connection.wake)
+        self._connections.discard(connection)
+        self.changed()
+
+
+class _Connection:
+    """One stream of one proxy."""
+
+    def __init__(
+        self,
+        server: ManagementServer,
+        context: "grpc.aio.ServicerContext[bytes, bytes]",
+        type_url: str,
+        *,
+        delta: bool,
+    ) -> None:
+        self._server = server
+        self._context = context
+        self._type_url = type_url
+        self._delta = delta
+        self._due = asyncio.Event()
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._since = time.time()
+        self._node: Node
+        self._stream: Stream[DeltaSubscription] | Stream[SotwSubscription]
+
+    def wake(self) -> None:
+        """Have the writer look for something to send."""
+        self._due.set()
+
+    def close(self) -> None:
+        """End the stream."""
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    async def run(self) -> None:
+        """Serve the stream until either side ends it. Raises _Closed."""
+        request = await self._read()
+        if request is None:
+            return
+        self._node = _node(request)
+        try:
+            group = self._server.join(self, self._node)
+        except NodeRejected as rejected:
+            log.warning("proxy rejected", node=self._node.id, peer=self._context.peer(), reason=str(rejected))
+            raise _Closed(rejected.status, str(rejected)) from None
+        if self._delta:
+            self._stream = Stream(group, self._node.id, DeltaSubscription)
+        else:
+            self._stream = Stream(group, self._node.id, SotwSubscription)
+        log.info("proxy connected", node=self._node.id, peer=self._context.peer(), delta=self._delta)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            self._take_in(request)
+            tasks = [asyncio.create_task(self._read_requests()), asyncio.create_task(self._write_responses())]
+            done, _ = await asyncio.wait((*tasks, self._closed), return_when=asyncio.FIRST_COMPLETED)
+            if self._closed in done:
+                raise _Closed(grpc.StatusCode.UNAVAILABLE, "stopping")
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._server.leave(self, group)
+            log.info("proxy disconnected", node=self._node.id, peer=self._context.peer())
+
+    async def _read(self) -> Any:
+        """Return the next request, None at the end. Raises _Closed."""
+        data = await self._context.read()
+        if data is grpc.aio.EOF:
+            return None
+        message = protos.DeltaDiscoveryRequest if self._delta else protos.DiscoveryRequest
+        try:
+            return message.FromString(data)
+        except DecodeError:
+            raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "not a discovery request") from None
+
+    async def _read_requests(self) -> None:
+        while (request := await self._read()) is not None:
+            self._take_in(request)
+
+    async def _write_responses(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            self._due.clear()
+            while (response := self._stream.next_response(clock())) is not None:
+                await self._context.write(response.data)
+            now = clock()
+            wake_at = self._stream.wake_at(now)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if wake_at is None else wake_at - now):
+                    await self._due.wait()
+
+    def _take_in(self, request: Any) -> None:
+        """Take in a request. Raises _Closed."""
+        type_url = request.type_url or self._type_url
+        if not type_url:
+            raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "type_url is required on an aggregated stream")
+        if self._type_url and type_url != self._type_url:
+            raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, f"this service has only {self._type_url}")
+        error = request.error_detail.message[:MAX_DETAIL] if request.HasField("error_detail") else None
+        try:
+            subscription = self._stream.subscription(type_url)
+            last_error = subscription.last_error
+            if isinstance(subscription, DeltaSubscription):
+                subscription.request(
+                    subscribe=request.resource_names_subscribe,
+                    unsubscribe=request.resource_names_unsubscribe,
+                    initial_versions=dict(request.initial_resource_versions),
+                    nonce=request.response_nonce,
+                    error=error,
+                    wall_time=time.time(),
+                )
+            else:
+                subscription.request(
+                    names=request.resource_names,
+                    version=request.version_info,
+                    nonce=request.response_nonce,
+                    error=error,
+                    wall_time=time.time(),
+                )
+        except TooManyNamesError:
+            raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_NAMES} names") from None
+        except TooManyTypesError:
+            raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_TYPES} types") from None
+        if subscription.last_error is not None and subscription.last_error is not last_error:
+            log.warning(
+                "response refused; the proxy keeps its last good configuration",
+                node=self._node.id,
+                type_url=type_url,
+                names=subscription.last_error.names,
+                detail=subscription.last_error.detail,
+            )
+        self.wake()
+        if request.response_nonce:
+            self._server.changed()
+
+    def status(self) -> ProxyStatus:
+        """Describe this stream."""
+        return ProxyStatus(
+            node_id=self._node.id,
+            node_cluster=self._node.cluster,
+            metadata=self._node.metadata,
+            envoy_version=self._node.version,
+            group=self._stream.group.key,
+            delta=self._delta,
+            connected_since=self._since,
+            peer=self._context.peer(),
+            types={
+                type_url: type_status(subscription, self._stream.group)
+                for type_url, subscription in self._stream.subscriptions.items()
+            },
+        )
+
+
+def _node(request: Any) -> Node:
+    """Return the node of a stream's first request. Raises _Closed."""
+    node = request.node
+    if not node.id:
+        raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "missing node information: node.id is required")
+    version = node.user_agent_build_version.version
+    known = node.HasField("user_agent_build_version")
+    return Node(
+        id=node.id,
+        cluster=node.cluster,
+        metadata=json_format.MessageToDict(node.metadata) if node.HasField("metadata") else {},
+        version=f"{version.major_number}.{version.minor_number}.{version.patch}" if known else "",
+    )

@@ -1,0 +1,159 @@
+"""Everything that one group of proxies should have, as an immutable value."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Self
+from weakref import WeakKeyDictionary
+
+from xds.resources import Resource
+
+
+class ResourceSet(Mapping[str, Resource]):
+    """The resources of one type by name, immutable and compared by identity.
+
+    A set made by `replace` knows what distinguishes it from its origin; any other difference is computed
+    once.
+    """
+
+    __slots__ = ("__weakref__", "_changed", "_checksum", "_resources", "held")
+
+    def __init__(self, resources: Mapping[str, Resource]) -> None:
+        self._resources = resources
+        self._changed: WeakKeyDictionary[ResourceSet, frozenset[str]] = WeakKeyDictionary()
+        self._checksum: int | None = None
+        self.held: frozenset[str] = frozenset(name for name, resource in resources.items() if resource.held)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, name: str) -> Resource:
+        return self._resources[name]
+
+    def get(self, name: str, default: object = None, /) -> Resource | None:  # type: ignore[override]
+        """Return the resource of that name, if there is one (the shortest way: this is the inner loop)."""
+        return self._resources.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._resources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._resources)
+
+    def __len__(self) -> int:
+        return len(self._resources)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} resources, version {self.version}>"
+
+    def values(self) -> "Iterable[Resource]":  # type: ignore[override]
+        """Return the resources (without the detour of Mapping's view)."""
+        return self._resources.values()
+
+    @property
+    def version(self) -> str:
+        """A hash of names and versions; equal content has an equal version in every process.
+
+        It is a sum over the members, so that a change costs what was changed.
+        """
+        if self._checksum is None:
+            self._checksum = sum(_checksum(resource) for resource in self.values())
+        return f"{self._checksum % 2**64:016x}"
+
+    def changed(self, old: "ResourceSet") -> frozenset[str]:
+        """Return the names whose resource was added, changed or removed since `old`."""
+        if old is self:
+            return frozenset()
+        names = self._changed.get(old)
+        if names is None:
+            before, after = old._resources, self._resources
+            upserted = {name for name, resource in after.items() if before.get(name) != resource}
+            names = frozenset(upserted | (before.keys() - after.keys()))
+            self._changed[old] = names
+        return names
+
+    def replace(self, changes: Mapping[str, Resource | None]) -> "ResourceSet":
+        """Return a set with these resources put in, or taken out where None; itself if nothing differs."""
+        differing = {name: resource for name, resource in changes.items() if self.get(name) != resource}
+        if not differing:
+            return self
+        resources = dict(self._resources)
+        checksum = self._checksum
+        held = set(self.held)
+        for name, resource in differing.items():
+            old = resources.pop(name, None)
+            held.discard(name)
+            if checksum is not None and old is not None:
+                checksum -= _checksum(old)
+            if resource is not None:
+                resources[name] = resource
+                if checksum is not None:
+                    checksum += _checksum(resource)
+                if resource.held:
+                    held.add(name)
+        new = ResourceSet.__new__(ResourceSet)
+        new._resources = resources
+        new._changed = WeakKeyDictionary({self: frozenset(differing)})
+        new._checksum = checksum
+        new.held = frozenset(held)
+        return new
+
+
+EMPTY = ResourceSet({})
+
+
+class Snapshot:
+    """All resources for one group of proxies, by type and name.
+
+    Building one from all resources compares all of them with the one before; `replace` costs what it changes.
+    """
+
+    __slots__ = ("_sets",)
+
+    def __init__(self, resources: Iterable[Resource] = ()) -> None:
+        by_type: dict[str, dict[str, Resource]] = {}
+        for resource in resources:
+            if by_type.setdefault(resource.type_url, {}).setdefault(resource.name, resource) != resource:
+                raise ValueError(
+                    f"two different resources of type {resource.type_url} named {resource.name!r}"
+                )
+        self._sets = {type_url: ResourceSet(by_name) for type_url, by_name in by_type.items()}
+
+    @classmethod
+    def from_sets(cls, sets: Mapping[str, ResourceSet]) -> Self:
+        """Make a snapshot of sets by type, leaving out empty ones."""
+        snapshot = cls()
+        snapshot._sets = {type_url: resources for type_url, resources in sets.items() if resources}
+        return snapshot
+
+    def __getitem__(self, type_url: str) -> ResourceSet:
+        return self._sets.get(type_url, EMPTY)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sets)
+
+    def __repr__(self) -> str:
+        return f"Snapshot({ {type_url: len(resources) for type_url, resources in self._sets.items()} })"
+
+    def replace(
+        self, upserts: Iterable[Resource] = (), removals: Iterable[tuple[str, str]] = ()
+    ) -> "Snapshot":
+        """Return a snapshot with `upserts` put in and `removals` (type URL, name) taken out."""
+        changes: dict[str, dict[str, Resource | None]] = {}
+        for type_url, name in removals:
+            changes.setdefault(type_url, {})[name] = None
+        for resource in upserts:
+            changes.setdefault(resource.type_url, {})[resource.name] = resource
+        sets = dict(self._sets)
+        for type_url, by_name in changes.items():
+            sets[type_url] = self[type_url].replace(by_name)
+        return Snapshot.from_sets(sets)
+
+    def diff(self, old: "Snapshot") -> dict[str, frozenset[str]]:
+        """Return the names that were added, changed or removed since `old`, by type, of changed types."""
+        names = {type_url: self[type_url].changed(old[type_url]) for type_url in {*self, *old}}
+        return {type_url: changed for type_url, changed in names.items() if changed}
+
+
+def _checksum(resource: Resource) -> int:
+    digest = hashlib.blake2b(f"{resource.name}\0{resource.version}\0{resource.held}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest())

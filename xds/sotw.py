@@ -1,0 +1,264 @@
+"""The state-of-the-world variant of xDS for one resource type on one stream, without I/O.
+
+Theory of operation: see `xds.subscription`. What is special here (xds_protocol, "How the client specifies
+what resources to return", "Grouping resources into responses", "Deleting resources"):
+
+* A request always names everything that the client wants. It answers the response with its nonce; if that
+  is not the latest response, its names are those of the past and do not count.
+* Listeners, clusters and scoped routes: every response is the full set, and what is absent is removed. So a
+  removal that has to wait is a set in which the resource still is.
+* Other types: a response holds what is new to the client; a removal cannot be expressed.
+* An ACK is sent once. The same request once more asks for the resources again: Envoy does that for the
+  endpoints of a changed cluster, with the old nonce, version and names, and waits 15 s for the answer
+  (go-control-plane#245, go-control-plane#583, java-control-plane#131).
+
+After a NACK of a full set, sets are tried that add parts of what was new to what the client has, each after
+the answer to the one before. Of a client that came with resources of an earlier stream it is not known what
+it has until its first ACK; a trial could remove what is in use, so there is none: it is sent the next set
+when something has changed. (In the delta variant a client tells what it has.)
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from xds.group import ORIGIN, Group, Point, Response, nonce_of
+from xds.resources import WILDCARD_TYPES, Resource
+from xds.snapshot import EMPTY, ResourceSet
+from xds.subscription import MAX_NAMES, LastError, Pending, Phase, Subscription, TooManyNamesError, split
+
+PARTS: Final = 2
+"""A refused set is searched by halves: only one trial at a time can be under way."""
+
+
+class SotwSubscription(Subscription):
+    """The state of one type on a state-of-the-world stream."""
+
+    def __init__(self, type_url: str, group: Group, node_id: str) -> None:
+        super().__init__(type_url, group, node_id)
+        self._full = type_url in WILDCARD_TYPES
+        self._named = False
+        """The client named resources, ever; from then on an empty list means none, not all."""
+        self._unknown = False
+        """The client has resources from an earlier stream, it is not known which."""
+        self._reported = ""
+        """The version that the client had from an earlier stream, if all that it has is of this version."""
+        self._stuck: str | None = None
+        """The version of a set that was refused and that cannot be tried in parts."""
+
+    def request(
+        self,
+        *,
+        names: Iterable[str] = (),
+        version: str = "",
+        nonce: str = "",
+        error: str | None = None,
+        wall_time: float = 0.0,
+    ) -> None:
+        """Take in a request: the answer to a response, or a change of the subscription, or both.
+
+        The answer is an ACK, or a NACK if `error` is not None. Raises TooManyNamesError.
+        """
+        first = not self._started
+        self._started = True
+        again = False
+        if first:
+            self.live = self._unknown = bool(version)
+        elif nonce:
+            answered = self._answered(nonce, error, wall_time)
+            if nonce != self._nonce:
+                return
+            again = error is None and not answered
+        named = set(names)
+        if len(named) > MAX_NAMES:
+            raise TooManyNamesError
+        self._subscribe(named, again=again)
+        if first and self.wildcard and not self.names:
+            self._reported = version
+
+    def next_response(self, phase: Phase) -> Response | None:
+        """Return the next response that can be sent in this phase, if there is any."""
+        self._forget_refusals()
+        if self._isolated and self.pending:
+            return None
+        while self._isolated:
+            changes = self._differences(self._isolated.popleft(), self._tip, phase)
+            if changes:
+                return (
+                    self._send_set(self.held.base.replace(changes), phase)
+                    if self._full
+                    else self._send(changes, phase)
+                )
+        return self._next_set(phase) if self._full else self._next_part(phase)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the client refuses something that it should have."""
+        return super().failing or self._stuck == self._tip.version
+
+    # Requests.
+
+    def _answered(self, nonce: str, error: str | None, wall_time: float) -> bool:
+        """Take in the answer to a response; False if it was answered before or is not known."""
+        pending = self._take(nonce)
+        if pending is None:
+            return False
+        if error is not None:
+            self._reject(pending, error, wall_time, PARTS)
+            return True
+        if nonce == self._nonce:
+            # Envoy answers only the latest of several responses that came while it was busy.
+            earlier, self.pending = self.pending, []
+            for superseded in earlier:
+                self._accept(superseded)
+        self._accept(pending)
+        self._unknown = False
+        return True
+
+    def _subscribe(self, named: set[str], *, again: bool) -> None:
+        wildcard = "*" in named or (not named and not self._named and self.type_url in WILDCARD_TYPES)
+        self._named = self._named or bool(named)
+        named.discard("*")
+        added, removed = named - self.names, self.names - named
+        begins, ends = wildcard and not self.wildcard, self.wildcard and not wildcard
+        self.wildcard, self.names = wildcard, named
+        if self._full:
+            self.unanswered = (self.unanswered or begins or bool(added)) and (wildcard or bool(named))
+            if (removed or ends) and not wildcard:
+                self._narrow()
+            return
+        if begins:
+            self.unanswered = True
+            self._tip = EMPTY
+        self.forced.update(dict.fromkeys(sorted(added or (named if again and not removed else ()))))
+        if not wildcard:
+            for name in removed:
+                self.held.own.pop(name, None)
+                self.forced.pop(name, None)
+
+    def _narrow(self) -> None:
+        """Forget what the client has of names that it does not want any more."""
+        for pending in self.pending:
+            if pending.target is not None:
+                pending.target = self._subset(pending.target)
+        self.held.base = self._subset(self.held.base)
+
+    def _subset(self, resources: ResourceSet) -> ResourceSet:
+        return EMPTY.replace({name: resources.get(name) for name in self.names})
+
+    # Full sets.
+
+    def _next_set(self, phase: Phase) -> Response | None:
+        if phase.target is ORIGIN or not (self.wildcard or self.names):
+            return None
+        resources = phase.target[self.type_url]
+        self.point, self._tip = phase.target, resources
+        if self._unknown and any(not resources[name].delta_frame for name in resources.held):
+            # What is not known here cannot be in the set, and what is not in the set is removed.
+            return None
+        want, sent = self._want(resources, phase), self._sent_set
+        if self._reported and want.version == self._reported:
+            self.held.base, self._reported = want, ""
+            self._unknown = self.unanswered = False
+            return None
+        self._reported = ""
+        if want.version == self._stuck or (want.version == sent.version and not self.unanswered):
+            return None
+        self.unanswered = False
+        return self._send_set(want, phase)
+
+    @property
+    def _sent_set(self) -> ResourceSet:
+        return (self.pending[-1].target if self.pending else None) or self.held.base
+
+    def _want(self, resources: ResourceSet, phase: Phase) -> ResourceSet:
+        """Return the set that the client should have now."""
+        sent = self._sent_set
+        other: dict[str, Resource | None] = {}
+        for name in resources.changed(sent) if self.wildcard else sent:
+            if name in resources:
+                self.deferred.pop(name, None)
+            elif name in sent and not self._removes(name, phase):
+                other[name] = sent[name]
+        self.deferred = {name: deferral for name, deferral in self.deferred.items() if name in other}
+        for name in resources.held:
+            other[name] = self._wanted(name, resources)
+        for name in self.refused:
+            other[name] = self._wanted(name, resources)
+        if not self.wildcard:
+            return self._subset(resources.replace(other))
+        key = (self.type_url, resources, frozenset(other.items()))
+        want = phase.target.variants.get(key)
+        if want is None:
+            want = phase.target.variants[key] = resources.replace(other)
+        return want
+
+    def _send_set(self, want: ResourceSet, phase: Phase) -> Response:
+        sent = self._sent_set
+        key = (SotwSubscription, self.type_url, sent, want)
+        response = phase.target.shared.get(key)
+        if response is None or response.number <= self._number:
+            changes = {name: want.get(name) for name in sorted(want.changed(sent))}
+            response = self._group.encode_sotw(self.type_url, want.version, want.values(), changes)
+            phase.target.shared[key] = response
+        adds = any(name not in sent for name in response.changes)
+        return self._await(Pending(response, phase.target.sequence, target=want, adds=adds))
+
+    def _hold(self, pending: Pending) -> None:
+        if not self._full:
+            super()._hold(pending)
+        elif pending.target is not None:
+            self.held.base = pending.target
+
+    def _settle(self) -> None:
+        if not self._full:
+            super()._settle()
+
+    def _reject(self, pending: Pending, detail: str, wall_time: float, parts: int) -> None:
+        target = pending.target
+        if not self._full or target is None:
+            super()._reject(pending, detail, wall_time, parts)
+            return
+        suspects = sorted(name for name in target.changed(self.held.base) if name in target)
+        self.last_error = LastError(detail, tuple(suspects[:10]), wall_time)
+        if self.pending:
+            # A later set is on its way and will be judged by itself.
+            return
+        if len(suspects) == 1:
+            self._refuse(target[suspects[0]], detail, pending.sequence, wall_time)
+        elif self._unknown or not suspects:
+            self._stuck = target.version
+        else:
+            self._isolated_at = (
+                min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
+            )
+            self._isolated.extendleft(reversed(split(suspects, parts)))
+
+    # Parts, of types whose responses need not be complete.
+
+    def _next_part(self, phase: Phase) -> Response | None:
+        answers = self._answer(self.forced, phase) if self.forced else {}
+        self.forced.clear()
+        changes: dict[str, Resource | None] = {name: r for name, r in answers.items() if r is not None}
+        due = False
+        if phase.target is not ORIGIN:
+            new = phase.target[self.type_url]
+            changed = new.changed(self._tip)
+            names = (set(changed) if self.wildcard else self.names & changed) - changes.keys()
+            changes |= self._differences(names, new, phase)
+            due, self.unanswered = self.unanswered, False
+            self.point, self._tip = phase.target, new
+        if changes or due:
+            return self._send(changes, phase)
+        self._settle()
+        return None
+
+    def _removes(self, name: str, phase: Phase) -> bool:
+        return self._full and super()._removes(name, phase)
+
+    def _encode(self, changes: Mapping[str, Resource | None], point: Point) -> Response:
+        resources = [resource for resource in changes.values() if resource is not None]
+        return self._group.encode_sotw(self.type_url, point[self.type_url].version, resources, changes)
+
+    @property
+    def _nonce(self) -> str:
+        return nonce_of(self._number) if self._number else ""

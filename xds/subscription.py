@@ -1,0 +1,339 @@
+"""What both variants of the protocol have in common for one resource type on one stream.
+
+Theory of operation
+-------------------
+A subscription knows what the client asks for (`wildcard`, `names`),
+what it **has** (`held`: accepted by ACK, or reported on reconnect) and what was **sent** and not answered
+yet (`pending`, oldest first). What it was last sent is `held` with `pending` on top. Sent and accepted are
+never mixed up: an ACK moves the changes of its response into `held`, a NACK just takes the response out of
+`pending`, which rolls it back.
+
+After a NACK the members of the refused response are sent again in parts (`isolated`), until a response with
+a single member is refused: that is the culprit. The client is not sent this version again (`refused`), and
+the group is told (see `xds.group`). Nothing is repeated that was refused, so there is no loop.
+
+The next response never waits for the answer to the last one. What does wait is described by `Phase`:
+changes of types that could refer to new clusters wait for `phase.target`; removals of what could still be
+referred to wait in `deferred`.
+
+`next_response` computes what is to be sent *now*; it is called when the transport can take a message, so
+there is no queue, and of several changes only the latest is sent.
+
+What may live here: plain values in, plain values out. No I/O, no clock (the time is an argument), no
+knowledge of what a resource contains.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from xds.group import ORIGIN, Group, Holding, Point, Refusal, Response
+from xds.resources import ECDS, Resource
+from xds.snapshot import EMPTY, ResourceSet
+
+MAX_PENDING: Final = 32
+"""Responses of a type whose answers are awaited; beyond this the oldest two are counted as one."""
+
+MAX_NAMES: Final = 200_000
+"""Names that a client may subscribe to, of one type."""
+
+
+class TooManyNamesError(Exception):
+    """A client subscribed to more names than memory should be spent on."""
+
+
+@dataclass(slots=True)
+class Phase:
+    """What a type may send now; for make before break (see `xds.stream`)."""
+
+    newest: Point
+    target: Point
+    """The point to which resources that the client has may be moved; older than `newest` while they have to
+    wait."""
+    now: float
+    """Seconds, on any monotonic clock."""
+    removable: float = math.inf
+    """Resources that vanished up to the point with this sequence may be removed."""
+    patience: float = 0.0
+    """Seconds after which a removal waits no longer."""
+
+    def may_remove(self, deferral: "Deferral") -> bool:
+        """Whether a removal has waited enough."""
+        return deferral.sequence <= self.removable or self.now >= deferral.since + self.patience
+
+
+@dataclass(frozen=True, slots=True)
+class Deferral:
+    """A removal that waits."""
+
+    sequence: int
+    """Of the point at which the resource was seen to be gone."""
+    since: float
+
+
+@dataclass(slots=True)
+class Pending:
+    """A response that the client has not answered yet."""
+
+    response: Response
+    sequence: int
+    """Of the point that it was made for."""
+    origin: ResourceSet | None = None
+    """The response takes a client from exactly `origin` to exactly `target`, if these are given."""
+    target: ResourceSet | None = None
+    adds: bool = False
+    """It brings resources of which the client has no version."""
+    excused: bool = False
+    """Others waited long enough for its ACK."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastError:
+    """The last NACK of a type."""
+
+    detail: str
+    names: tuple[str, ...]
+    """The members of the refused response, at most ten."""
+    time: float
+    """Seconds since the epoch."""
+
+
+class Subscription:
+    """One resource type on one stream; the base of `DeltaSubscription` and `SotwSubscription`."""
+
+    def __init__(self, type_url: str, group: Group, node_id: str) -> None:
+        self.type_url = type_url
+        self.wildcard = False
+        self.names: set[str] = set()
+        self.held = Holding()
+        self.pending: list[Pending] = []
+        self.point: Point = ORIGIN
+        """The point that the client was last brought to."""
+        self.live = False
+        """The client has configuration of this type that is in use."""
+        self.waiting_since: float | None = None
+        """Since when changes of this type wait for `Phase.target`."""
+        self.deferred: dict[str, Deferral] = {}
+        self.refused: dict[str, Refusal] = {}
+        self.refused_at = math.inf
+        """The sequence of the oldest point of which something is refused."""
+        self.last_error: LastError | None = None
+        self.forced: dict[str, None] = {}
+        """Names to be answered whatever the client has, in order."""
+        self.unanswered = False
+        """A response is due, even if it is empty."""
+        self._group = group
+        self._node_id = node_id
+        self._started = False
+        self._number = 0
+        """Of the latest response."""
+        self._tip: ResourceSet = EMPTY
+        """The set that was last examined for changes."""
+        self._dirty: set[str] = set()
+        """Names to examine in addition to what changed since `_tip`."""
+        self._isolated: deque[list[str]] = deque()
+        """Members of refused responses, in parts that are to be sent on their own."""
+        self._isolated_at = math.inf
+        """The sequence of the oldest point that `_isolated` belongs to."""
+
+    # What the phases of other types depend on.
+
+    @property
+    def adding(self) -> bool:
+        """Whether resources that are new to the client were sent and not answered."""
+        return bool(self._isolated) or any(pending.adds and not pending.excused for pending in self.pending)
+
+    def excuse(self) -> None:
+        """Stop others from waiting for what is unanswered now."""
+        for pending in self.pending:
+            pending.excused = True
+
+    @property
+    def settled_sequence(self) -> float:
+        """The client answered everything of the points up to this sequence."""
+        sequences = [float(pending.sequence) for pending in self.pending[:1]]
+        if self._isolated:
+            sequences.append(self._isolated_at)
+        return min(sequences) - 1 if sequences else self.point.sequence
+
+    @property
+    def failing(self) -> bool:
+        """Whether the client refuses something that it should have."""
+        return bool(self.refused or self._isolated)
+
+    # What the client has, was sent, and should have.
+
+    def sent(self, name: str) -> Resource | None:
+        """Return what the client was last sent under a name, or has."""
+        for pending in reversed(self.pending):
+            if name in pending.response.changes:
+                return pending.response.changes[name]
+        return self.held.get(name)
+
+    def force_endpoints(self, names: Iterable[str]) -> None:
+        """Send these again (EDS after a change of their clusters).
+
+        Envoy 1.40 does not ask again for the endpoints of a changed cluster in the delta variant, and the
+        cluster, with the ACK of CDS, waits 15 s for them (envoy#33607, envoy#13009).
+        """
+        self.forced.update((name, None) for name in names if self._relevant(name))
+
+    def _relevant(self, name: str) -> bool:
+        return self.wildcard or name in self.names
+
+    def _wanted(self, name: str, resources: ResourceSet) -> Resource | None:
+        """Return what the client should have: what it has, if that is to be left alone."""
+        resource = resources.get(name)
+        if resource is None:
+            return None
+        if resource.held:
+            return self.sent(name) or (resource if resource.delta_frame else None)
+        if self.refused:
+            refusal = self.refused.get(name)
+            if refusal is not None and refusal.version == resource.version:
+                return self.held.get(name)
+        return resource
+
+    def _answer(self, names: Iterable[str], phase: Phase) -> dict[str, Resource | None]:
+        """Return the resources that were asked for.
+
+        A client waits for what it does not have, so this does not wait for `phase.target`.
+        """
+        answers = {}
+        for name in names:
+            resource = self._wanted(name, phase.target[self.type_url])
+            if resource is None:
+                resource = self._wanted(name, phase.newest[self.type_url])
+            if resource is None or resource.delta_frame:
+                answers[name] = resource
+        return answers
+
+    def _differences(
+        self, names: Iterable[str], resources: ResourceSet, phase: Phase
+    ) -> dict[str, Resource | None]:
+        """Return what is to be sent of these names, so that the client has what it should have."""
+        differences: dict[str, Resource | None] = {}
+        for name in names:
+            if not self._relevant(name):
+                self.deferred.pop(name, None)
+                continue
+            wanted = self._wanted(name, resources)
+            if wanted is not None:
+                self.deferred.pop(name, None)
+                if wanted.delta_frame and wanted != self.sent(name):
+                    differences[name] = wanted
+            elif self.sent(name) is None:
+                self.deferred.pop(name, None)
+            elif self._removes(name, phase):
+                differences[name] = None
+        return differences
+
+    def _removes(self, name: str, phase: Phase) -> bool:
+        """Whether to remove a resource now; if not, the removal is deferred."""
+        if self.type_url == ECDS:
+            # Envoy drops the filter configuration of a listener that still wants it (envoy#32823).
+            return False
+        deferral = self.deferred.get(name) or Deferral(phase.target.sequence, phase.now)
+        if phase.may_remove(deferral):
+            self.deferred.pop(name, None)
+            return True
+        self.deferred[name] = deferral
+        return False
+
+    # Sending.
+
+    def _encode(self, changes: Mapping[str, Resource | None], point: Point) -> Response:
+        """Encode a response that is the same for all clients that get these changes."""
+        raise NotImplementedError
+
+    def _send(self, changes: Mapping[str, Resource | None], phase: Phase) -> Response:
+        """Send these changes, in bytes that others can have already."""
+        point = phase.target if phase.target is not ORIGIN else phase.newest
+        key = (type(self), self.type_url, frozenset(changes.items()))
+        response = point.shared.get(key)
+        if response is None or response.number <= self._number:
+            response = point.shared[key] = self._encode(dict(sorted(changes.items())), point)
+        adds = any(resource is not None and self.sent(name) is None for name, resource in changes.items())
+        return self._await(Pending(response, point.sequence, adds=adds))
+
+    def _await(self, pending: Pending) -> Response:
+        """Note that a response is sent."""
+        self._number = pending.response.number
+        self.pending.append(pending)
+        if len(self.pending) > MAX_PENDING:
+            # The nonce of the oldest is forgotten; the answer to the next counts for both.
+            first, second = self.pending[:2]
+            merged = Response(
+                b"", second.response.number, {**first.response.changes, **second.response.changes}
+            )
+            self.pending[:2] = [Pending(merged, first.sequence, target=second.target, excused=True)]
+        return pending.response
+
+    def _settle(self) -> None:
+        """If nothing is unanswered, express what the client has in terms of where it was brought to."""
+        if not self.pending and self.wildcard and self.held.base is not self._tip:
+            self.held.rebase(self._tip)
+
+    # Answers.
+
+    def _take(self, nonce: str) -> Pending | None:
+        for index, pending in enumerate(self.pending):
+            if pending.response.nonce == nonce:
+                return self.pending.pop(index)
+        return None
+
+    def _accept(self, pending: Pending) -> None:
+        """Note that the client has the changes of a response (ACK)."""
+        self._hold(pending)
+        self._settle()
+        self.live = True
+        self._group.accept(self.type_url, pending.response)
+
+    def _hold(self, pending: Pending) -> None:
+        changes = pending.response.changes
+        if pending.target is not None and pending.origin is self.held.base and not self.held.own:
+            self.held.base = pending.target
+        elif self.wildcard:
+            self.held.own.update(changes)
+        else:
+            self.held.own.update((name, changes[name]) for name in changes.keys() & self.names)
+
+    def _reject(self, pending: Pending, detail: str, wall_time: float, parts: int) -> None:
+        """Roll back a refused response (NACK); send its members again in so many parts."""
+        members = [name for name, resource in pending.response.changes.items() if resource is not None]
+        removed = [name for name, resource in pending.response.changes.items() if resource is None]
+        self.last_error = LastError(detail, tuple(members[:10]), wall_time)
+        if not members:
+            # A removal cannot be at fault. Sending it again would loop.
+            self.held.own.update(dict.fromkeys(removed))
+            return
+        self._dirty.update(removed)
+        if len(members) == 1:
+            resource = pending.response.changes[members[0]]
+            assert resource is not None  # noqa: S101 - by the definition of members
+            self._refuse(resource, detail, pending.sequence, wall_time)
+        else:
+            self._isolated_at = (
+                min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
+            )
+            self._isolated.extend(split(members, parts))
+
+    def _refuse(self, resource: Resource, detail: str, sequence: int, wall_time: float) -> None:
+        self.refused_at = min(self.refused_at, sequence) if self.refused else sequence
+        self.refused[resource.name] = Refusal(
+            self._group.key, self.type_url, resource.name, resource.version, detail, wall_time, self._node_id
+        )
+        self._group.refuse(self.refused[resource.name], self.held.get(resource.name))
+
+    def _forget_refusals(self) -> None:
+        """Forget what was refused of content that has changed since."""
+        for name in [name for name, refusal in self.refused.items() if not self._group.has(refusal)]:
+            del self.refused[name]
+
+
+def split(names: list[str], parts: int) -> list[list[str]]:
+    """Split a list into so many parts of about the same length, none of them empty."""
+    size = math.ceil(len(names) / parts)
+    return [names[start : start + size] for start in range(0, len(names), size)]
