@@ -66,17 +66,22 @@ def root_ca(world: World) -> Resource:
     )
 
 
-def api_key_resource(world: World, target_name: str, provider: LLMProvider, rule: str | None) -> Resource:
+def current_api_key(world: World, provider: LLMProvider, rule: str | None) -> tuple[str, bool]:
+    """Return the key to send, and whether Envoys that have another one keep it (it is not known here)."""
+    if provider.key in world.held:
+        return "", True
+    try:
+        return api_key(world, provider, rule), False
+    except MissingSecretError:
+        return "", world.incomplete
+
+
+def api_key_resource(name: str, key: str, *, held: bool) -> Resource:
     """Make the SDS secret of a key. An empty one makes Envoy answer 401 at once.
 
     Without any answer all listeners would wait 15 s at the start (envoy-facts.md part 1, section 4).
     """
-    held = provider.key in world.held
-    try:
-        key = "" if held else api_key(world, provider, rule)
-    except MissingSecretError:
-        key, held = "", world.incomplete
-    secret = protos.Secret(name=target_name, generic_secret={"secret": {"inline_string": key}})
+    secret = protos.Secret(name=name, generic_secret={"secret": {"inline_string": key}})
     return Resource.of(secret, held=held)
 
 

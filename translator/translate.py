@@ -1,7 +1,7 @@
 """(world, proxy) -> the resources of that proxy, and which object each comes from."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -13,7 +13,7 @@ from translator.clusters import Destination, cluster
 from translator.listeners import HTTP_PROXY_ROUTES, listeners
 from translator.proxy import Proxy, ProxyType
 from translator.routes import route_table
-from translator.world import MeshSettings, World
+from translator.world import World
 from xds import protos
 from xds.resources import Resource
 
@@ -30,21 +30,21 @@ class Translation:
 
 
 class Translator:
-    """``translate`` is a pure function; the instance only remembers the clusters of unchanged providers.
+    """``translate`` is a pure function; the instance only remembers what it made of unchanged providers.
 
     Objects are compared by identity: a source hands out the same object until its content changes.
     """
 
     def __init__(self) -> None:
         self._world: World | None = None
-        self._clusters: dict[_ClusterKey, tuple[LLMProvider, Resource]] = {}
+        self._made: dict[tuple[int, Hashable], tuple[LLMProvider, Resource]] = {}
 
     def translate(self, world: World, proxy: Proxy) -> Translation:
         """Make all resources of a proxy; every object was validated before, so that nothing here can fail."""
         if world is not self._world:
             self._world = world
             living = {id(provider) for of in world.providers.values() for provider in of}
-            self._clusters = {key: made for key, made in self._clusters.items() if key[0] in living}
+            self._made = {slot: made for slot, made in self._made.items() if slot[0] in living}
         table = route_table(world, proxy, HTTP_PROXY_ROUTES)
         resources: dict[ResourceName, Resource] = {}
         origins: defaultdict[ObjectKey, set[ResourceName]] = defaultdict(set)
@@ -62,9 +62,9 @@ class Translator:
             if certificate is not None:
                 add(certificate, provider.key)
             add(self._cluster(world, target, script, has_certificate=certificate is not None), provider.key)
-            key_name = secrets.api_key_name(provider, target.rule)
-            if key_name is not None:
-                add(secrets.api_key_resource(world, key_name, provider, target.rule), provider.key)
+            api_key = self._api_key(world, target)
+            if api_key is not None:
+                add(api_key, provider.key)
         if table.destinations:
             add(secrets.root_ca(world))
         for listener in listeners(proxy, world.mesh):
@@ -78,14 +78,27 @@ class Translator:
     def _cluster(
         self, world: World, target: Destination, script: str | None, *, has_certificate: bool
     ) -> Resource:
-        key = (id(target.provider), target.cluster_name, script, has_certificate, world.mesh)
-        if key not in self._clusters:
-            made = cluster(target, world.mesh, _data_source(script), client_certificate=has_certificate)
-            self._clusters[key] = (target.provider, Resource.of(made))
-        return self._clusters[key][1]
+        def make() -> Resource:
+            source = _data_source(script)
+            return Resource.of(cluster(target, world.mesh, source, client_certificate=has_certificate))
 
+        what = (target.cluster_name, script, has_certificate, world.mesh)
+        return self._remembered(target.provider, what, make)
 
-_ClusterKey = tuple[int, str, str | None, bool, MeshSettings]
+    def _api_key(self, world: World, target: Destination) -> Resource | None:
+        name = secrets.api_key_name(target.provider, target.rule)
+        if name is None:
+            return None
+        key, held = secrets.current_api_key(world, target.provider, target.rule)
+        what = (name, key, held)
+        return self._remembered(target.provider, what, lambda: secrets.api_key_resource(name, key, held=held))
+
+    def _remembered(self, provider: LLMProvider, what: Hashable, make: Callable[[], Resource]) -> Resource:
+        """Return what was made of this very object under the same circumstances, or make it."""
+        slot = (id(provider), what)
+        if slot not in self._made:
+            self._made[slot] = (provider, make())  # the object is kept, so that its id stays its own
+        return self._made[slot][1]
 
 
 def _data_source(script: str | None) -> Message:
