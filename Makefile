@@ -36,6 +36,7 @@ bench: $(VENV)/.installed-dev
 golden: $(VENV)/.installed-dev
 	$(BIN)/python -m crds.manifests
 	$(BIN)/python tools/derive_descriptors.py
+	$(BIN)/python envoy-bootstrap/generate.py
 	$(BIN)/python -m pytest tests/golden --update-golden
 
 $(VENV)/bin/python:

@@ -81,22 +81,23 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
         self.services: dict[str, dict[str, Any]] = compose_file()["services"]
         self.queries: set[str] = set()
         """The names that Envoy's DNS was asked for."""
-        self._stack = ExitStack()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._subnet = f"127.{64 + secrets.randbelow(128)}.{secrets.randbelow(256)}"
         hosts = [name for name, service in self.services.items() if "network_mode" not in service]
         self._addresses = {name: f"{self._subnet}.{number}" for number, name in enumerate(hosts, 1)}
-        # Short: Envoy's admin socket must fit into 108 bytes.
-        self._directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="compose-")))
 
     def __enter__(self) -> Self:
-        dns = self._stack.enter_context(_running_dns(self._names(), f"{self._subnet}.253", self.queries))
-        self._envoy_options = ["--use-dynamic-base-id", "--concurrency", "1"]
-        self._envoy_options += ["--config-yaml", json.dumps({"typed_dns_resolver_config": _cares(dns)})]
-        binaries = self._directory / "bin"
-        binaries.mkdir()
-        (binaries / "envoy").symlink_to(find_envoy())
-        self._path = os.pathsep.join([str(binaries), str(Path(sys.executable).parent), os.defpath])
+        with ExitStack() as stack:
+            # Short: Envoy's admin socket must fit into 108 bytes.
+            self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compose-")))
+            binaries = self._directory / "bin"
+            binaries.mkdir()
+            (binaries / "envoy").symlink_to(find_envoy())
+            self._path = os.pathsep.join([str(binaries), str(Path(sys.executable).parent), os.defpath])
+            dns = stack.enter_context(_running_dns(self._names(), f"{self._subnet}.253", self.queries))
+            self._envoy_options = ["--use-dynamic-base-id", "--concurrency", "1"]
+            self._envoy_options += ["--config-yaml", json.dumps({"typed_dns_resolver_config": _cares(dns)})]
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -155,12 +156,20 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
         assert check[0] == "CMD"
         command = [self.host_text(name, word) for word in check[1:]]
         deadline = time.monotonic() + _START_SECONDS
-        while subprocess.run(
-            command, env=self._environment(name), capture_output=True, check=False
-        ).returncode:
+        while not self._succeeds(name, command):
             assert self._processes[name].poll() is None, f"{name} has ended{self._logs()}"
             assert time.monotonic() < deadline, f"{name} does not become healthy{self._logs()}"
             time.sleep(0.1)
+
+    def _succeeds(self, name: str, command: Sequence[str]) -> bool:
+        done = subprocess.run(
+            command,
+            env=self._environment(name),
+            capture_output=True,
+            timeout=_START_SECONDS,
+            check=False,
+        )
+        return not done.returncode
 
     def _command(self, name: str) -> list[str]:
         service = self.services[name]
