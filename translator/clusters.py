@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from crds.llmprovider import LLMProvider, OutlierDetection
 from translator import lua, secrets
+from translator.hosts import authority
 from translator.operations import operations
 from translator.world import MeshSettings
 from xds import protos
@@ -24,7 +25,13 @@ _HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions
 _DNS = {
     "name": "dns",
     "typed_config": protos.pack(
-        protos.DnsCluster(dns_refresh_rate=timedelta(seconds=60), respect_dns_ttl=True)
+        protos.DnsCluster(
+            dns_refresh_rate=timedelta(seconds=60),
+            respect_dns_ttl=True,
+            # Envoy's default takes the IPv6 addresses alone where there are some; many a machine cannot
+            # reach them.
+            dns_lookup_family="V4_PREFERRED",
+        )
     ),
 }
 """All addresses of a name are endpoints; asked again when the record says so, else each minute (as Istio)."""
@@ -139,7 +146,9 @@ def _load_assignment(name: str, addresses: list[tuple[str, int]]) -> dict[str, A
 def _upstream_filters(target: Destination, script: Message) -> list[dict[str, Any]]:
     provider = target.provider
     config = provider.spec.config_for(target.rule)
-    context = lua.filter_context(target.host_rewrite or provider.spec.host, operations(provider.spec, config))
+    context = lua.filter_context(
+        authority(target.host_rewrite or provider.spec.host), operations(provider.spec, config)
+    )
     filters = [
         (
             "llm.provider",
@@ -159,7 +168,7 @@ def _upstream_filters(target: Destination, script: Message) -> list[dict[str, An
 
 def _credential_injector(secret_name: str) -> Message:
     credential = protos.GenericCredential(
-        header="authorization",
+        header=lua.CREDENTIAL_HEADER,
         header_value_prefix="Bearer ",
         credential={"name": secret_name, "sds_config": _ADS},
     )
@@ -206,7 +215,11 @@ def _tls(provider: LLMProvider, *, client_certificate: bool) -> Message:
 
 
 def _outlier_detection(detection: OutlierDetection) -> Message:
-    """Istio's DestinationRule.outlierDetection in Envoy's words."""
+    """Istio's DestinationRule.outlierDetection in Envoy's words.
+
+    Of 100 % Envoy would eject the guard too, whose connections all fail: then the cluster has no host left,
+    answers 503 at once, and no other provider is tried. The guard is the last to go, so 99 % keeps it.
+    """
     return protos.OutlierDetection(
         consecutive_5xx={"value": detection.consecutive_5xx_errors},
         enforcing_consecutive_5xx={"value": 100 if detection.consecutive_5xx_errors else 0},
@@ -215,5 +228,5 @@ def _outlier_detection(detection: OutlierDetection) -> Message:
         enforcing_success_rate={"value": 0},
         interval=detection.interval,
         base_ejection_time=detection.base_ejection_time,
-        max_ejection_percent={"value": detection.max_ejection_percent},
+        max_ejection_percent={"value": min(detection.max_ejection_percent, 99)},
     )

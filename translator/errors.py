@@ -38,8 +38,8 @@ def local_reply_config(max_request_bytes: int) -> Message:
             ),
             _error(
                 _TUNNEL,
-                "Tunnels (CONNECT) and upgrades (WebSocket) are not supported: send plain HTTP requests, TLS to "
-                "the provider is made here.",
+                "Tunnels (CONNECT) and upgrades (WebSocket) are not supported: send plain HTTP requests; TLS "
+                "to the provider is made here.",
                 "invalid_request_error",
                 "unsupported_request",
                 status=405,

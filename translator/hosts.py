@@ -8,12 +8,17 @@ def service_name(host: str, namespace: str, domain: str) -> tuple[str, str] | No
     recognised by their ``svc`` part.
     """
     if "." not in host:
-        return (host, namespace) if host != "*" else None
+        return (host, namespace) if host != "*" and ":" not in host else None
     parts = host.removesuffix(f".svc.{domain}").removesuffix(".svc")
     if parts == host or parts.count(".") != 1:
         return None
     name, _, of = parts.partition(".")
     return name, of
+
+
+def authority(host: str) -> str:
+    """Return a host as it stands in a Host header: an IPv6 address is in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def domains(host: str, namespace: str, client_namespace: str, domain: str) -> list[str]:
@@ -24,7 +29,7 @@ def domains(host: str, namespace: str, client_namespace: str, domain: str) -> li
     """
     service = service_name(host, namespace, domain)
     if service is None:
-        return [host]
+        return [authority(host)]
     name, of = service
     forms = [f"{name}.{of}", f"{name}.{of}.svc", f"{name}.{of}.svc.{domain}"]
     return [name, *forms] if of == client_namespace else forms

@@ -452,33 +452,14 @@ local function refuse(h, status, code, message, allow)
   )
 end
 
--- What never leaves. A credential must go before each attempt, as the injector of the attempt before has
--- written its own into the same header map, and a provider without a key would get it.
-local PRIVATE = {}
-for name in ([[
-  authorization x-api-key api-key x-goog-api-key proxy-authorization cookie
-  accept-encoding x-request-id via forwarded te trailer keep-alive proxy-connection http2-settings
-]]):gmatch("%S+") do PRIVATE[name] = true end
-
-local function remove_private(headers)
-  local names, count = {}, 0
-  for name in pairs(headers) do
-    if PRIVATE[name] or find(name, "^x%-envoy%-") or find(name, "^x%-forwarded%-") then
-      count = count + 1
-      names[count] = name -- the map must not change while it is iterated
-    end
-  end
-  for n = 1, count do headers:remove(names[n]) end
-end
-
--- Header changes of an attempt are there in the next one; the client's path is kept in dynamic metadata,
--- which no client can write. Returns it, and whether this is a later attempt.
+-- Header changes of an attempt are there in the next one; the client's path is kept in filter state, which no
+-- client can write. Returns it, and whether this is a later attempt.
 local function client_path(h, headers)
-  local metadata = h:streamInfo():dynamicMetadata()
-  local kept = metadata:get("llm")
-  if kept and kept.path then return kept.path, true end
+  local state = h:streamInfo():filterState()
+  local kept = state:get("llm.path")
+  if kept then return kept, true end
   local path = headers:get(":path") or ""
-  metadata:set("llm", "path", path)
+  state:set("llm.path", "envoy.string", path)
   return path, false
 end
 
@@ -507,7 +488,9 @@ local function handle(h)
   local headers = h:headers()
   local target, again = client_path(h, headers)
   local method = headers:get(":method")
-  remove_private(headers)
+  -- The injector of the attempt before has written its key here, and a provider without one would get it. What
+  -- else must not leave, the listener and the routes remove once.
+  headers:remove("authorization")
   headers:replace(":authority", plan.host)
 
   local query = find(target, "?", 1, true)
@@ -540,7 +523,7 @@ local function handle(h)
   if sub(content_type, 1, 10):lower() == "multipart/" then
     return refuse(h, "415", "unsupported_media_type", "The request body must be JSON.")
   end
-  headers:replace("content-type", "application/json")
+  if content_type ~= "application/json" then headers:replace("content-type", "application/json") end
 
   local body = h:body(true) -- waits for the whole body; `headers` is dead from here on
   local size = body:length()
@@ -567,5 +550,5 @@ end
 
 -- Traces of these functions would not pay: they consist of calls into Envoy, which LuaJIT does not compile,
 -- and it would make a new trace for each header name that it meets. The scanner is what is to be compiled.
-local interpreted = { envoy_on_request, handle, operation_of, client_path, remove_private, refuse, plan_of }
+local interpreted = { envoy_on_request, handle, operation_of, client_path, refuse, plan_of }
 for _, f in ipairs(interpreted) do jit.off(f) end

@@ -23,11 +23,11 @@ SCRIPT = files("translator").joinpath("llm_provider.lua").read_text(encoding="ut
 SCRIPT_SHA256 = hashlib.sha256(SCRIPT.encode()).hexdigest()
 """Hexadecimal SHA-256 of the script's UTF-8 bytes, to name a file that holds it."""
 
-CREDENTIAL_HEADERS = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
-"""The headers that a credential may be injected in.
+CREDENTIAL_HEADER = "authorization"
+"""The only header that a credential may be injected in.
 
-The script removes these before each attempt. A credential in any other header would be carried from a failed
-attempt on to the next provider, because all attempts share one header map.
+The script removes it before each attempt. A credential in another header would be carried from a failed attempt
+on to the next provider, because all attempts share one header map.
 """
 
 _HEADER_VALUE = re.compile(r"[!-~]+")

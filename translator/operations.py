@@ -19,8 +19,9 @@ def operations(spec: LLMProviderSpec, config: OpenAIConfig) -> list[Operation]:
     Another operation gets the path's prefix and keeps the client's model, unless the provider names one.
     """
     path, _, query = spec.path.partition("?")
-    own = _own_suffix(path)
-    prefix = path.removesuffix(own) if path.endswith(own) else ""
+    stem = path.rstrip("/")
+    own = _own_suffix(stem)
+    prefix = stem.removesuffix(own)
 
     def upstream(suffix: str) -> str:
         return prefix + suffix + (f"?{query}" if query else "")
@@ -40,11 +41,11 @@ def operations(spec: LLMProviderSpec, config: OpenAIConfig) -> list[Operation]:
     return [Operation("POST", own, spec.path, tuple(members(config))), *others.values()]
 
 
-def _own_suffix(path: str) -> str:
+def _own_suffix(stem: str) -> str:
     for suffix in OPENAI_OPERATIONS:
-        if path.endswith(suffix):
+        if stem.endswith(suffix):
             return suffix
-    last = path.rstrip("/").rpartition("/")[2]
+    last = stem.rpartition("/")[2]
     return f"/{last}" if last else CHAT_COMPLETIONS
 
 

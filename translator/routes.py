@@ -27,21 +27,27 @@ _BEFORE_THE_REQUEST = ("connect-failure", "refused-stream", "reset-before-reques
 """Failures that cannot have been billed: the provider has not seen the request (design decision 12)."""
 
 _FAILURES = ("connect-failure", "refused-stream", "reset", "retriable-status-codes")
-_TOO_MANY_REQUESTS = 429
-_FAILURE_STATUSES = (_TOO_MANY_REQUESTS, 500, 502, 503, 504)
+_FAILURE_STATUSES = (429, 500, 502, 503, 504)
 
 _LONGEST_RETRY_AFTER = timedelta(seconds=60)
-"""A provider that asks for a longer pause is not asked again within the request."""
+"""A longer pause is not waited for: Envoy then retries as if none had been asked for."""
 
 NOT_FORWARDED = (
+    "accept-encoding",
     "api-key",
     "authorization",
     "cookie",
     "forwarded",
+    "http2-settings",
+    "keep-alive",
     "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
     "via",
     "x-api-key",
-    "x-forwarded-proto",
+    "x-forwarded-proto",  # the connection manager's own
+    "x-goog-api-key",
     "x-request-id",
 )
 """Request headers that never leave towards a provider (design decision 10); the connection manager takes
@@ -60,7 +66,7 @@ class RouteTable:
 
 
 def route_table(world: World, proxy: Proxy, name: str) -> RouteTable:
-    """Make the route configuration of a proxy: a virtual host for each LLMRoute and each provider without one.
+    """Make the routes of a proxy: a virtual host for each LLMRoute and each provider without one.
 
     A domain belongs to the first that claims it: two virtual hosts with one domain would make Envoy refuse
     the whole route configuration.
@@ -87,8 +93,10 @@ def route_table(world: World, proxy: Proxy, name: str) -> RouteTable:
         objects.append(route.key)
         rules = list(_routes(route, usable, proxy, destinations))
         hosts.append(_virtual_host(route.spec.host, names, rules, world.mesh))
+    # As in Istio, a route with a wildcard host comes before the providers below it.
+    routed = tuple(name[1:] for name in taken if name.startswith("*"))
     for host, provider in sorted(providers.items()):
-        if not provider.exported_to(proxy.namespace) or _is_routed(host, taken):
+        if not provider.exported_to(proxy.namespace) or host.endswith(routed):
             continue
         if names := claim(host, proxy.namespace):
             objects.append(provider.key)
@@ -106,11 +114,6 @@ def route_table(world: World, proxy: Proxy, name: str) -> RouteTable:
         name=name, virtual_hosts=hosts, request_headers_to_remove=NOT_FORWARDED
     )
     return RouteTable(routes, tuple(destinations), tuple(objects))
-
-
-def _is_routed(host: str, taken: set[str]) -> bool:
-    """Whether the wildcard host of an LLMRoute takes this one: as in Istio, a route is before what it routes to."""
-    return any(name.startswith("*") and host.endswith(name[1:]) for name in taken)
 
 
 def _virtual_host(name: str, names: Sequence[str], routes: Sequence[Message], mesh: MeshSettings) -> Message:
@@ -258,7 +261,7 @@ def _retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> d
     }
     if retries and retries.per_try_timeout:
         policy["per_try_timeout"] = retries.per_try_timeout
-    if not others and _TOO_MANY_REQUESTS in statuses:
+    if retries and not others:
         # The only provider said when to come back; where there is another one, nobody waits.
         policy["rate_limited_retry_back_off"] = {
             "reset_headers": [{"name": "retry-after", "format": "SECONDS"}],

@@ -90,8 +90,8 @@ class World:
         """
         found: dict[str, LLMProvider] = {}
         for namespace in dict.fromkeys((proxy.namespace, self.mesh.root_namespace)):
-            selecting = [p for p in self.providers.get(namespace, ()) if proxy.has_labels(_selector(p))]
-            for provider in sorted(selecting, key=lambda p: not _selector(p)):
+            selecting = [p for p in self.providers.get(namespace, ()) if proxy.has_labels(selector_labels(p))]
+            for provider in sorted(selecting, key=lambda p: not selector_labels(p)):
                 found.setdefault(provider.spec.host, provider)
         return found
 
@@ -107,7 +107,8 @@ class World:
         ]
 
 
-def _selector(provider: LLMProvider) -> Mapping[str, str]:
+def selector_labels(provider: LLMProvider) -> Mapping[str, str]:
+    """Return the labels that a workload must have to get this provider; none: every workload gets it."""
     selector = provider.spec.workload_selector
     return selector.labels if selector else {}
 

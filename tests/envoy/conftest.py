@@ -49,7 +49,8 @@ class Lab:
 
     def apply(self, *documents: str) -> None:
         """Make these YAML documents the whole configuration, and wait until the sidecar acknowledged it."""
-        self.mesh.apply("objects.yaml", "\n---\n".join(documents))
+        # A file without a byte would be taken for one that is being written.
+        self.mesh.apply("objects.yaml", "\n---\n".join(documents) or "# no objects\n")
 
     def seen(self) -> SeenRequest:
         """Return the one request that the fake LLM saw since the last look."""
@@ -63,7 +64,7 @@ class Lab:
         return requests
 
     def condition(self, name: str, kind: str = "ResolvedRefs") -> tuple[bool, str, str]:
-        """Return a condition of an object as `llmplane status` shows it: whether it is met, reason, message."""
+        """Return a condition as `llmplane status` shows it: whether it is met, reason, message."""
         (found,) = (
             condition
             for item in self.mesh.status()["objects"]

@@ -49,7 +49,7 @@ class ProxyClient:
         path: str = "/",
         timeout: float = 30,
     ) -> Answer:
-        """Send one request on a connection of its own. Raises http.client.IncompleteRead for a broken answer."""
+        """Send one request on a connection of its own. Raises IncompleteRead for a broken answer."""
         with self.open(host, body, headers, method=method, path=path, timeout=timeout) as response:
             answer_headers = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, answer_headers, response.read())

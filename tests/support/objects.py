@@ -42,7 +42,9 @@ def backends(*hosts: str) -> list[dict[str, Any]]:
 
 def secret(name: str, values: dict[str, str]) -> str:
     """Return a Secret with these values in clear."""
-    return json.dumps({"apiVersion": "v1", "kind": "Secret", "metadata": _metadata(name), "stringData": values})
+    return json.dumps(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": _metadata(name), "stringData": values}
+    )
 
 
 def world(*documents: str, mesh: MeshSettings | None = None) -> World:

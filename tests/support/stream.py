@@ -38,7 +38,9 @@ def running_piecewise_server() -> Iterator[PiecewiseServer]:
                 if line.startswith(b"content-length:"):
                     length = int(line.partition(b":")[2])
             self.rfile.read(length)
-            self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            self.wfile.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            )
             while (piece := state._pieces.get()) is not None:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             self.wfile.write(b"0\r\n\r\n")

@@ -1,0 +1,61 @@
+"""A DNS server for names that only exist in a test (RFC 1035: what a stub resolver asks for, over UDP)."""
+
+import socketserver
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+_RESPONSE = 0x8180  # a response, recursion desired and available
+_NAME_ERROR = 3
+_TYPES = {4: 1, 6: 28}  # IP version -> A, AAAA
+
+
+@dataclass
+class DnsServer:
+    """Answers from `records`: name -> addresses. A name that is not in it does not exist (NXDOMAIN)."""
+
+    port: int = 0
+    records: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    """The names that were asked for."""
+
+    def answer(self, query: bytes) -> bytes:
+        """Return the response to a query."""
+        labels, at = [], 12
+        while query[at]:
+            labels.append(query[at + 1 : at + 1 + query[at]].decode().lower())
+            at += 1 + query[at]
+        question = query[12 : at + 5]  # with type and class
+        (kind,) = struct.unpack_from(">H", query, at + 1)
+        name = ".".join(labels)
+        self.asked.add(name)
+        addresses = [ip_address(text) for text in self.records.get(name, ())]
+        found = [address.packed for address in addresses if _TYPES[address.version] == kind]
+        flags = _RESPONSE if name in self.records else _RESPONSE | _NAME_ERROR
+        # Each record: the name (a pointer to the question), type, class IN, TTL, length, address.
+        records = [b"\xc0\x0c" + struct.pack(">HHIH", kind, 1, 1, len(packed)) + packed for packed in found]
+        return query[:2] + struct.pack(">HHHHH", flags, 1, len(found), 0, 0) + question + b"".join(records)
+
+
+@contextmanager
+def running_dns_server() -> Iterator[DnsServer]:
+    """Run a server on a free port of 127.0.0.1 until the end of the block."""
+    state = DnsServer()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            query, socket = self.request
+            socket.sendto(state.answer(query), self.client_address)
+
+    with socketserver.UDPServer(("127.0.0.1", 0), Handler) as server:
+        state.port = server.server_address[1]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+            thread.join()

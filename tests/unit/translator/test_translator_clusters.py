@@ -1,0 +1,234 @@
+"""LLMProvider -> cluster and secrets: what is sent where (design decisions 8, 9, 16)."""
+
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from tests.support.objects import provider, route, secret, world
+from translator import secrets
+from translator.clusters import Destination, cluster
+from translator.lua import Operation
+from translator.operations import operations
+from translator.proxy import Proxy, ProxyType
+from translator.translate import Translator
+from translator.world import MeshSettings, World
+from xds import protos
+
+HOST = "llm.example.com"
+SIDECAR = Proxy(ProxyType.SIDECAR, "default", "sleep")
+
+
+def only_provider(objects: World) -> Any:
+    (found,) = objects.providers["default"]
+    return found
+
+
+# Operations
+
+
+def operations_of(path: str, *listed: dict[str, Any], **config: Any) -> dict[str, Operation]:
+    """Return the operations of a provider, by method and suffix; its own one is the first."""
+    configs = {"defaultConfig": {"openAIConfig": config}}
+    spec = only_provider(
+        world(provider("llm", HOST, path=path, operations=list(listed), configs=configs))
+    ).spec
+    return {f"{o.method} {o.suffix}": o for o in operations(spec, spec.config_for(None))}
+
+
+@pytest.mark.parametrize(
+    ("path", "own", "embeddings"),
+    [
+        ("/v1/chat/completions", "POST /chat/completions", "/v1/embeddings"),
+        ("/compatible-mode/v1/chat/completions", "POST /chat/completions", "/compatible-mode/v1/embeddings"),
+        ("/v1/chat/completions/", "POST /chat/completions", "/v1/embeddings"),
+        ("/v1/chat/completions?api-version=1", "POST /chat/completions", "/v1/embeddings?api-version=1"),
+        ("/v1/completions", "POST /completions", "/v1/embeddings"),
+        ("/api/generation", "POST /generation", "/api/embeddings"),
+        ("/", "POST /chat/completions", "/embeddings"),
+    ],
+)
+def test_the_path_says_which_operation_is_the_providers_own(path: str, own: str, embeddings: str) -> None:
+    made = operations_of(path, model="m")
+    first = next(iter(made))
+    assert (first, made[first].path) == (own, path)
+    assert made[first].members, "the model goes into this one"
+    others = [made[key] for key in made if key != own]
+    assert not any(operation.members for operation in others), "the others keep the client's model"
+    assert made["POST /embeddings"].path == embeddings
+    assert "GET /models" in made
+
+
+def test_a_listed_operation_may_name_its_model() -> None:
+    made = operations_of("/v1/chat/completions", {"path": "/embeddings", "model": "e"}, {"path": "/rerank"})
+    (member,) = made["POST /embeddings"].members or ()
+    assert (member.path, member.value, member.mode) == (("model",), '"e"', "force")
+    assert (made["POST /rerank"].path, made["POST /rerank"].members) == ("/v1/rerank", None)
+
+
+def test_what_the_provider_says_of_members() -> None:
+    own = next(
+        iter(
+            operations_of(
+                "/v1/chat/completions", model="m", stream=True, defaults={"a": 1}, overrides={"b": [2.5]}
+            ).values()
+        )
+    )
+    assert [(member.path, member.value, member.mode) for member in own.members or ()] == [
+        (("model",), '"m"', "force"),
+        (("b",), "[2.5]", "force"),
+        (("stream",), "true", "fill"),
+        (("a",), "1", "fill"),
+    ]
+
+
+# Clusters
+
+
+def cluster_of(host: str = HOST, mesh: MeshSettings | None = None, **spec: Any) -> dict[str, Any]:
+    """Make the cluster of a provider, in proto field names."""
+    found = only_provider(world(provider("llm", host, **spec)))
+    script = protos.DataSource(filename="/script.lua")
+    made = cluster(Destination.of(found), mesh or MeshSettings(), script, client_certificate=False)
+    return dict(MessageToDict(made, preserving_proto_field_name=True, descriptor_pool=protos.POOL))
+
+
+def addresses_of(made: dict[str, Any], priority: int = 0) -> list[tuple[str, int]]:
+    sockets = [
+        host["endpoint"]["address"]["socket_address"]
+        for host in made["load_assignment"]["endpoints"][priority]["lb_endpoints"]
+    ]
+    return [(socket["address"], socket["port_value"]) for socket in sockets]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({}, [(HOST, 443)]),
+        ({"port": 8443}, [(HOST, 8443)]),
+        ({"tls": {"mode": "DISABLE"}}, [(HOST, 80)]),
+        (
+            {"endpoints": [{"address": "10.0.0.1"}, {"address": "b.example.com", "port": 1}]},
+            [("10.0.0.1", 443), ("b.example.com", 1)],
+        ),
+    ],
+)
+def test_where_to_connect(spec: dict[str, Any], expected: list[tuple[str, int]]) -> None:
+    assert addresses_of(cluster_of(**spec)) == expected
+
+
+def test_connect_to_moves_addresses_and_leaves_names() -> None:
+    mesh = MeshSettings(connect_to={(HOST, 443): ("127.0.0.1", 8443)})
+    made = cluster_of(mesh=mesh)
+    assert addresses_of(made) == [("127.0.0.1", 8443)]
+    assert made["transport_socket"]["typed_config"]["sni"] == HOST
+
+
+def test_names_are_resolved_and_addresses_are_not() -> None:
+    assert cluster_of()["cluster_type"]["typed_config"]["dns_lookup_family"] == "V4_PREFERRED"
+    assert "cluster_type" not in cluster_of(endpoints=[{"address": "10.0.0.1"}])
+
+
+def test_each_cluster_has_a_guard_that_is_never_ejected() -> None:
+    """Without a host Envoy answers 503 at once, and no other provider is asked."""
+    made = cluster_of(outlierDetection={"maxEjectionPercent": 100})
+    assert addresses_of(made, priority=1) == [("127.0.0.1", 1)]
+    assert made["outlier_detection"]["max_ejection_percent"] == 99, "the guard is the last host of them"
+    assert (
+        cluster_of(outlierDetection={"maxEjectionPercent": 30})["outlier_detection"]["max_ejection_percent"]
+        == 30
+    )
+
+
+def test_tls_verifies_authority_and_name_by_default() -> None:
+    tls = cluster_of()["transport_socket"]["typed_config"]
+    assert tls["sni"] == HOST
+    assert tls["auto_sni_san_validation"] is True
+    (name,) = {
+        tls["common_tls_context"]["combined_validation_context"]["validation_context_sds_secret_config"][
+            "name"
+        ]
+    }
+    assert name == secrets.ROOT_CA
+
+
+def test_verification_is_off_only_where_it_was_asked_for() -> None:
+    tls = cluster_of(tls={"insecureSkipVerify": True})["transport_socket"]["typed_config"]
+    assert "auto_sni_san_validation" not in tls
+    assert tls["common_tls_context"] == {}
+
+
+def test_an_ipv6_address_as_host() -> None:
+    made = cluster_of("2001:db8::1")
+    options = made["typed_extension_protocol_options"][
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    ]
+    assert options["http_filters"][0]["typed_config"]["filter_context"]["host"] == "[2001:db8::1]"
+    tls = made["transport_socket"]["typed_config"]
+    assert "sni" not in tls
+
+
+# Secrets
+
+
+def keys_of(*documents: str) -> dict[str, str]:
+    """Return the API keys that go to the sidecar, by name of the SDS secret."""
+    found = {}
+    for resource in Translator().translate(world(*documents), SIDECAR).resources:
+        if resource.name.startswith("api-key/"):
+            message = protos.Secret()
+            assert protos.Any.FromString(resource.body).Unpack(message)
+            found[resource.name] = message.generic_secret.secret.inline_string
+    return found
+
+
+def test_each_key_is_sent_once() -> None:
+    configs = {
+        "defaultConfig": {"openAIConfig": {"apiKey": "sk-1"}},
+        "routeSpecificConfigs": {
+            "same": {"openAIConfig": {"apiKey": "sk-1"}},
+            "model": {"openAIConfig": {"model": "m"}},
+            "other": {"openAIConfig": {"apiKey": "sk-2"}},
+        },
+    }
+    rules = [
+        {
+            "name": name,
+            "matches": [{"headers": {"x": {"exact": name}}}],
+            "backendRefs": [{"providerHost": HOST}],
+        }
+        for name in ("same", "model", "other", "none")
+    ]
+    assert keys_of(provider("llm", HOST, configs=configs), route("chat", "chat.example.com", *rules)) == {
+        "api-key/default/llm": "sk-1",
+        "api-key/default/llm/other": "sk-2",
+    }
+
+
+def test_a_keyless_provider_has_no_secret() -> None:
+    assert keys_of(provider("llm", HOST)) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"key": "sk-1\n"}, "sk-1"),
+        ({"key": " \n"}, ""),
+        ({"key": "sk 1"}, ""),
+        ({"key": "sk-1\r\nx-evil: 1"}, ""),
+        ({"other": "sk-1"}, ""),
+    ],
+)
+def test_a_key_that_cannot_be_sent_is_an_empty_one(values: dict[str, str], key: str) -> None:
+    """Envoy answers 401 for an empty secret, and would wait 15 s for one that does not come at all."""
+    config = {"apiKeySecretRef": {"name": "keys", "key": "key"}}
+    configs = {"defaultConfig": {"openAIConfig": config}}
+    found = keys_of(provider("llm", HOST, configs=configs), secret("keys", values))
+    assert found == {"api-key/default/llm": key}
+
+
+def test_a_secret_of_another_namespace_is_not_read() -> None:
+    config = {"apiKeySecretRef": {"name": "keys", "key": "key"}}
+    configs = {"defaultConfig": {"openAIConfig": config}}
+    documents = (provider("llm", HOST, configs=configs), secret("istio-system/keys", {"key": "sk-1"}))
+    assert keys_of(*documents) == {"api-key/default/llm": ""}
