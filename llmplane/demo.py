@@ -1,7 +1,7 @@
 """``llmplane demo``: the documents' scenarios with a real Envoy and a fake LLM, on this machine alone.
 
 It starts what a user would start (``llmplane serve``, ``llmplane proxy sidecar``), applies the documents'
-YAML unchanged, and runs their curl commands; the keys, the certificate authority and the provider are made up.
+YAML unchanged, and runs their curl commands; keys, certificate authority and provider are made up.
 """
 
 import json

@@ -26,8 +26,8 @@ SCRIPT_SHA256 = hashlib.sha256(SCRIPT.encode()).hexdigest()
 CREDENTIAL_HEADER = "authorization"
 """The only header that a credential may be injected in.
 
-The script removes it before each attempt. A credential in another header would be carried from a failed attempt
-on to the next provider, because all attempts share one header map.
+The script removes it before each attempt. A credential in another header would be carried from a failed
+attempt on to the next provider, because all attempts share one header map.
 """
 
 _HEADER_VALUE = re.compile(r"[!-~]+")

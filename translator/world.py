@@ -96,7 +96,7 @@ class World:
         return found
 
     def routes_for(self, proxy: Proxy) -> list[LLMRoute]:
-        """Return the mesh's LLMRoutes of this sidecar, the winner of a host first: own namespace, then root."""
+        """Return the mesh's LLMRoutes of this sidecar, winners first: own namespace, then root."""
         if proxy.type is not ProxyType.SIDECAR:
             return []
         return [

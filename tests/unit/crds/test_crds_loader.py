@@ -530,7 +530,10 @@ spec: {{host: {name}.example.com, path: /v1/chat/completions}}
     )
     before = load(one + other, "f.yaml", {})
     after = load("# a new line\n" + one.replace("/v1/", "/v2/") + other, "f.yaml", {}, before)
-    assert [item.object.spec.path for item in after.objects] == ["/v2/chat/completions", "/v1/chat/completions"]
+    assert [item.object.spec.path for item in after.objects] == [
+        "/v2/chat/completions",
+        "/v1/chat/completions",
+    ]
     assert after.objects[0].object is not before.objects[0].object
     assert after.objects[1].object is before.objects[1].object
     assert [item.line for item in before.objects] == [3, 9]
