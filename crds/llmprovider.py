@@ -222,6 +222,8 @@ class Operation(Model):
     def _check(self) -> Self:
         if "?" in self.path:
             raise invalid(Finding(("path",), "must not hold a query"))
+        if self.path.endswith("/"):
+            raise invalid(Finding(("path",), "must not end in '/'"))
         if self.model and self.method in {"GET", "DELETE"}:
             raise invalid(Finding(("model",), f"has no effect with method {self.method}"))
         return self

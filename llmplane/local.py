@@ -28,7 +28,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
     """``llmplane serve`` and ``llmplane proxy sidecar``, started as a user would, ended by the context.
 
     ``directory`` gets the configuration (``config/``), the processes' logs and their state. ``serve_options``
-    and ``environment`` are added to the control plane's.
+    and ``environment`` are added to the control plane's; ``bind_address`` is where the sidecar opens its
+    listeners (default: the first free address of 127.0.0.0/24).
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         namespace: str = "default",
         workload: str = "sleep",
         envoy_options: Sequence[str] = (),
+        bind_address: str | None = None,
     ) -> None:
         self.directory = directory
         self.config = directory / "config"
-        self.bind_address = free_bind_address()
+        self.bind_address = bind_address or free_bind_address()
         self.xds = Address("127.0.0.1", free_port())
         self.admin = Address("127.0.0.1", free_port())
         self.control_plane: subprocess.Popen[bytes] | None = None

@@ -18,6 +18,7 @@ from translator.operations import operations
 from translator.world import MeshSettings
 from xds import protos
 
+_KEEP_ALIVE = timedelta(seconds=50)
 _UNLIMITED = {"value": 2**32 - 1}
 _ADS = {"ads": {}, "resource_api_version": "V3"}
 _HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -91,6 +92,9 @@ def cluster(target: Destination, mesh: MeshSettings, script: Message, *, client_
     options = protos.HttpProtocolOptions(
         # HTTP/1.1: a connection a stream, so that one that breaks takes no other stream with it.
         explicit_http_config={"http_protocol_options": {}},
+        # Shorter than what providers allow (60 s and more): a request on a connection that the other side is
+        # just closing fails, and is not retried.
+        common_http_protocol_options={"idle_timeout": _KEEP_ALIVE},
         http_filters=_upstream_filters(target, script),
     )
     made = protos.Cluster(

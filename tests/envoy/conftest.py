@@ -4,6 +4,8 @@ A module's tests share one lab (starting one takes a second); each test applies 
 """
 
 import http.client
+import itertools
+import os
 import shutil
 import socket
 import tempfile
@@ -86,6 +88,14 @@ class Lab:
             connection.close()
 
 
+_numbers = itertools.cycle(range(1, 255))
+
+
+def _own_address() -> str:
+    """Return a loopback address of this process: two Envoys that open one port share it without an error."""
+    return f"127.{os.getpid() // 256 % 254 + 1}.{os.getpid() % 256}.{next(_numbers)}"
+
+
 @contextmanager
 def running_lab(
     *,
@@ -109,6 +119,7 @@ def running_lab(
                 environment={"API_KEY_OF_DASHSCOPE": KEYS[DASHSCOPE], **(environment or {})},
                 labels=labels,
                 envoy_options=envoy_options,
+                bind_address=_own_address(),
             )
             with mesh:
                 yield Lab(mesh, fake, ProxyClient(mesh.bind_address), authority)

@@ -199,8 +199,17 @@ def test_without_retries_and_priority_a_request_is_sent_once(lab: Lab, fault: Fa
     assert answer.error
 
 
-def test_without_retries_and_priority_a_refused_connection_moves_on_all_the_same(lab: Lab) -> None:
-    lab.apply(llm(A, **refused()), llm(B), route("chat", CHAT, {"backendRefs": backends(A, B)}))
+@pytest.mark.parametrize("failure", ["refused", "certificate", "name"])
+def test_without_retries_and_priority_what_was_not_sent_moves_on(
+    lab: Lab, dns: DnsServer, failure: str
+) -> None:
+    dns.records = {}
+    spec = {
+        "refused": refused(),
+        "certificate": {"tls": {"sni": "stranger.example.com"}},
+        "name": {"endpoints": [{"address": "a-nowhere.test"}]},
+    }
+    lab.apply(llm(A, **spec[failure]), llm(B), route("chat", CHAT, {"backendRefs": backends(A, B)}))
     for _ in range(6):
         assert_answered_by(lab, B)
 

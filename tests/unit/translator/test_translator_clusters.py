@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from crds.loader import load
 from tests.support.objects import provider, route, secret, world
 from translator import secrets
 from translator.clusters import Destination, cluster
@@ -64,6 +65,13 @@ def test_a_listed_operation_may_name_its_model() -> None:
     (member,) = made["POST /embeddings"].members or ()
     assert (member.path, member.value, member.mode) == (("model",), '"e"', "force")
     assert (made["POST /rerank"].path, made["POST /rerank"].members) == ("/v1/rerank", None)
+
+
+@pytest.mark.parametrize("path", ["/", "/images/", "/images?size=1"])
+def test_what_cannot_be_an_operation_is_refused_beforehand(path: str) -> None:
+    loaded = load(provider("llm", HOST, operations=[{"path": path}]), "f.yaml", {})
+    assert "spec.operations[0].path" in str(loaded.problems[0])
+    assert loaded.objects == ()
 
 
 def test_what_the_provider_says_of_members() -> None:
