@@ -1,10 +1,9 @@
 """Addresses as they are written on the command line."""
 
-from collections.abc import Sequence
 from ipaddress import ip_address
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
-import click
+_HIGHEST_PORT = 65535
 
 
 class Address(NamedTuple):
@@ -16,10 +15,13 @@ class Address(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read HOST:PORT. Raises ValueError."""
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        host, _, port = text.rpartition(":")
+        bare = host.removeprefix("[").removesuffix("]")
+        in_brackets = host == f"[{bare}]"
+        is_port = port.isascii() and port.isdecimal() and int(port) <= _HIGHEST_PORT
+        if not bare or not is_port or in_brackets != (":" in bare):
             raise ValueError(f"{text!r} is not HOST:PORT")
-        return cls(host.removeprefix("[").removesuffix("]"), int(port))
+        return cls(bare, int(port))
 
     @property
     def is_loopback(self) -> bool:
@@ -32,34 +34,3 @@ class Address(NamedTuple):
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
-
-
-class AddressType(click.ParamType[Address]):
-    """An option of the form HOST:PORT."""
-
-    name = "HOST:PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
-        """Read the option's text."""
-        try:
-            return value if isinstance(value, Address) else Address.parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class ConnectToType(click.ParamType[tuple[Address, Address]]):
-    """curl's --connect-to: HOST:PORT:ADDRESS:PORT."""
-
-    name = "HOST:PORT:ADDR:PORT"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Address, Address]:
-        """Read the option's text."""
-        parts: Sequence[str] = str(value).split(":", 2)
-        try:
-            if len(parts) != 3:  # noqa: PLR2004 - host, port, address
-                raise ValueError(f"{value!r} is not HOST:PORT:ADDR:PORT")  # noqa: TRY301 - one way out
-            return Address.parse(f"{parts[0]}:{parts[1]}"), Address.parse(parts[2])
-        except ValueError as error:
-            self.fail(str(error), param, ctx)

@@ -18,6 +18,8 @@ HEALTH_PORT = 15021
 """Health port, as Istio's."""
 
 _TYPES = "type.googleapis.com"
+_RECONNECT = {"retry_back_off": {"base_interval": "0.5s", "max_interval": "5s"}}
+"""Envoy's own limit of 30 s would leave it without news for that long after a control plane was away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
                 "transport_api_version": "V3",
                 # Without it each ACK carries the whole node again, 61 KB in Envoy 1.40.
                 "set_node_on_first_message_only": True,
-                "grpc_services": [{"envoy_grpc": {"cluster_name": "xds-grpc"}}],
+                "grpc_services": [{"envoy_grpc": {"cluster_name": "xds-grpc", "retry_policy": _RECONNECT}}],
             },
             "cds_config": {"resource_api_version": "V3", "ads": {}},
             "lds_config": {"resource_api_version": "V3", "ads": {}},
@@ -93,7 +95,7 @@ def _admin_address(proxy: ProxySettings) -> dict[str, Any]:
     return {"pipe": {"path": str(proxy.admin_socket), "mode": 0o600}}
 
 
-def _cluster(name: str, address: dict[str, Any], **more: Any) -> dict[str, Any]:  # noqa: ANN401
+def _cluster(name: str, address: dict[str, Any], **more: Any) -> dict[str, Any]:
     endpoint = {"lb_endpoints": [{"endpoint": {"address": address}}]}
     return {
         "name": name,

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,39 +14,40 @@ import structlog
 
 from crds.placeholders import variables
 from crds.problems import Severity
+from crds.values import KubernetesName, Namespace
 from llmplane import __version__, fakellm, offline
-from llmplane.address import Address, AddressType, ConnectToType
+from llmplane.address import Address
 from llmplane.bootstrap import ProxySettings, bootstrap
-from llmplane.controlplane import ControlPlane
+from llmplane.controlplane import AddressInUseError, ControlPlane
 from llmplane.demo import run_demo
 from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
 from llmplane.mesh import mesh_settings
+from llmplane.options import AddressType, ConnectToType, IPAddressType, NameType, PairType
 from llmplane.sources.files import FileSource
-from llmplane.sources.lastgood import LastGood, state_file
+from llmplane.sources.lastgood import LastGood, NoStateDirectoryError, state_file
 from llmplane.status import StatusUnavailableError, fetch_status, format_status
 from translator.proxy import Proxy, ProxyType
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_Pairs = tuple[tuple[str, str], ...]
+_ConnectTo = tuple[tuple[Address, Address], ...]
 
 _EXISTING = click.Path(exists=True, path_type=Path)
+_EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PROXY_TYPES = {"sidecar": ProxyType.SIDECAR, "gateway": ProxyType.ROUTER}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
-    """Run stock Envoy as a gateway and sidecar for LLM traffic.
+    """Run stock Envoy as a sidecar and gateway for LLM traffic.
 
-    LLMProvider and LLMRoute objects become Envoy's configuration. Start with `llmplane demo`.
+    Objects that say which LLM providers there are (LLMProvider) and which requests go to which one (LLMRoute)
+    become Envoy's configuration, and stay it while they change. `llmplane demo` shows it on this machine.
+
+    On your own: write objects into a folder, check them with `llmplane validate`, start `llmplane serve` and
+    beside it `llmplane proxy sidecar`, and look at `llmplane status`.
     """
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
@@ -61,15 +62,16 @@ def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
 _SET = click.option(
     "--set",
     "settings",
+    type=PairType(),
     multiple=True,
-    metavar="NAME=VALUE",
-    help="Fill the placeholder ${NAME} of apiKey and ipBlocks. Without it, the environment variable of that "
-    "name counts: ${ API_KEY of dashscope} is API_KEY_OF_DASHSCOPE.",
+    help="Fill the placeholder ${NAME} of an apiKey. What is not set here comes from the environment: "
+    "${ API_KEY of dashscope} from the variable API_KEY_OF_DASHSCOPE. May be given several times.",
 )
 _MESH_CONFIG = click.option(
     "--mesh-config",
-    type=_EXISTING,
-    help="Istio's mesh configuration (MeshConfig YAML): rootNamespace, proxyHttpPort, connectTimeout.",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Istio's mesh configuration (MeshConfig in YAML): rootNamespace, proxyHttpPort, connectTimeout.",
 )
 _MESH = _options(
     _MESH_CONFIG,
@@ -77,69 +79,150 @@ _MESH = _options(
         "--connect-to",
         type=ConnectToType(),
         multiple=True,
-        help="Reach the provider HOST:PORT at ADDR:PORT (as curl's option); its TLS name stays HOST.",
+        help="Have Envoy reach the provider HOST:PORT at ADDR:PORT, as with curl's option of this name; the "
+        "certificate must still be HOST's. May be given several times.",
     ),
-    click.option("--ca-file", type=_EXISTING, help="PEM file of a CA to trust besides the system's."),
+    click.option(
+        "--ca-file",
+        type=_EXISTING_FILE,
+        metavar="FILE",
+        help="Trust the CA certificates of this PEM file too, for providers that no public CA knows.",
+    ),
 )
-_IDENTITY = _options(
+_WORKLOAD = _options(
+    click.option(
+        "--namespace",
+        type=NameType(Namespace),
+        default="default",
+        show_default=True,
+        help="The workload's namespace: it gets the objects of this one, and of the root namespace.",
+    ),
+    click.option(
+        "--label",
+        "labels",
+        type=PairType(),
+        multiple=True,
+        help="A label of the workload, for workloadSelector and sourceLabels. May be given several times.",
+    ),
+)
+_PROXY = _options(
     click.argument("kind", metavar="(sidecar|gateway)", type=click.Choice(list(_PROXY_TYPES))),
     click.option(
-        "--xds-address", type=AddressType(), default="127.0.0.1:18000", show_default=True, help="llmplane serve."
+        "--xds-address",
+        type=AddressType(),
+        default="127.0.0.1:18000",
+        show_default=True,
+        help="Where `llmplane serve` is.",
     ),
-    click.option("--namespace", default="default", show_default=True, help="Namespace of the workload."),
-    click.option("--workload", required=True, help="Name of the workload, e.g. of its Deployment."),
-    click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the workload."),
+    click.option(
+        "--workload",
+        type=NameType(KubernetesName),
+        required=True,
+        help="Name of the workload that this Envoy is for, e.g. its Deployment's.",
+    ),
+    _WORKLOAD,
     click.option(
         "--bind-address",
+        type=IPAddressType(),
         default="127.0.0.1",
         show_default=True,
-        help="Where this Envoy opens its own listeners; with 127.0.0.2, .3 ... several run on one machine.",
+        help="Where this Envoy listens; with 127.0.0.2, 127.0.0.3 ... several run on one machine.",
     ),
     click.option(
-        "--admin-port", type=int, default=0, help="Envoy's admin interface on TCP too; else a Unix socket only."
+        "--admin-port",
+        type=click.IntRange(1, 65535),
+        help="Open Envoy's admin interface on this port of 127.0.0.1. Without it, it is a Unix socket that "
+        "only this user can open.",
     ),
 )
 
 
-@main.command("serve")
+@main.command("serve", short_help="Serve objects from files to Envoys, live.")
 @click.option(
     "--config",
     "paths",
     multiple=True,
     required=True,
     type=_EXISTING,
-    help="Folder (or file) with YAML objects; read again when it changes.",
+    metavar="PATH",
+    help="Folder with objects in YAML or JSON files (or one such file); read again when it changes. May be "
+    "given several times.",
 )
-@click.option("--xds-address", type=AddressType(), default="127.0.0.1:18000", show_default=True)
-@click.option("--admin-address", type=AddressType(), default="127.0.0.1:18080", show_default=True)
 @click.option(
-    "--insecure", is_flag=True, help="Serve xDS, which carries keys, off loopback without authentication."
+    "--xds-address",
+    type=AddressType(),
+    default="127.0.0.1:18000",
+    show_default=True,
+    help="Where Envoys connect to.",
+)
+@click.option(
+    "--admin-address",
+    type=AddressType(),
+    default="127.0.0.1:18080",
+    show_default=True,
+    help="Where `llmplane status` asks, and /healthz and /readyz answer.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Allow an --xds-address that other machines reach: whoever connects there gets the API keys.",
+)
+@click.option(
+    "--validate-resources/--no-validate-resources",
+    default=True,
+    show_default=True,
+    help="Hold back what Envoy 1.40's API rules forbid, since one such resource makes Envoy refuse all that "
+    "come with it. Only an Envoy with other rules needs it off.",
 )
 @_MESH
 @_SET
 def serve_command(
+    *,
     paths: tuple[Path, ...],
     xds_address: Address,
     admin_address: Address,
-    mesh_config: Path | None,
-    connect_to: Sequence[tuple[Address, Address]],
-    ca_file: Path | None,
-    settings: tuple[str, ...],
-    *,
     insecure: bool,
+    validate_resources: bool,
+    mesh_config: Path | None,
+    connect_to: _ConnectTo,
+    ca_file: Path | None,
+    settings: _Pairs,
 ) -> None:
-    """Serve the objects below --config to Envoys, and keep them up to date."""
+    """Serve the objects below --config to Envoys, and keep them up to date.
+
+    A file that cannot be read, or an object with a mistake, changes nothing: its last good version stays in
+    use, also over a restart (without keys, it is kept below $XDG_STATE_HOME or ~/.local/state), and the log
+    and `llmplane status` say so.
+    """
     if not xds_address.is_loopback and not insecure:
         raise click.UsageError(
-            f"--xds-address {xds_address}: xDS carries API keys and has no authentication yet; "
-            "--insecure serves it off loopback all the same"
+            f"--xds-address {xds_address}: other machines reach it, and xDS carries API keys without "
+            "authentication; give --insecure if only trusted ones can"
         )
+    _log_to_stderr()
     mesh = mesh_settings(mesh_config, connect_to, ca_file)
-    source = FileSource(paths, _variables(settings), LastGood(state_file(paths)))
     try:
-        asyncio.run(_serve(ControlPlane(source, mesh), xds_address, admin_address))
-    except (OSError, RuntimeError) as error:  # an address is taken, a folder is not there
+        source = FileSource(paths, variables(os.environ, dict(settings)), LastGood(state_file(paths)))
+        control_plane = ControlPlane(source, mesh, validate_resources=validate_resources)
+        asyncio.run(_serve(control_plane, xds_address, admin_address))
+    except (
+        AddressInUseError,
+        NoStateDirectoryError,
+        OSError,
+    ) as error:  # OSError: no more files can be watched
         raise click.ClickException(str(error)) from None
+
+
+def _log_to_stderr() -> None:
+    """Log for people at a terminal, else as JSON, one line an event."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 async def _serve(control_plane: ControlPlane, xds_address: Address, admin_address: Address) -> None:
@@ -149,60 +232,70 @@ async def _serve(control_plane: ControlPlane, xds_address: Address, admin_addres
     await control_plane.run(xds_address, admin_address, stop)
 
 
-@main.command("proxy", context_settings={"ignore_unknown_options": True})
-@_IDENTITY
-@click.argument("envoy_args", nargs=-1, type=click.UNPROCESSED)
-def proxy_command(kind: str, envoy_args: tuple[str, ...], **identity: Any) -> None:  # noqa: ANN401
+@main.command("proxy", short_help="Run an Envoy that `llmplane serve` configures.")
+@_PROXY
+@click.argument("envoy_args", metavar="[-- ENVOY_ARGS...]", nargs=-1, type=click.UNPROCESSED)
+def proxy_command(kind: str, envoy_args: tuple[str, ...], **settings: Any) -> None:
     """Run an Envoy as sidecar or gateway, configured by `llmplane serve`.
 
-    What follows `--` is given to Envoy. Its listeners: 15080 HTTP proxy (sidecar), 15090 Prometheus
-    metrics, 15021 health.
+    This process becomes Envoy, and what follows `--` are options of Envoy's own. Besides what `serve`
+    configures (a sidecar's HTTP proxy on port 15080), it answers GET /stats/prometheus on port 15090 and
+    GET /healthz/ready on port 15021.
     """
+    name = f"{settings['workload']}.{settings['namespace']}-{settings['bind_address']}"
     try:
         envoy = find_envoy()
-    except EnvoyNotFoundError as error:
+        directory = runtime_directory(name)
+        file = lay_down(_proxy_settings(kind, directory / "admin.sock", settings), directory)
+    except (EnvoyNotFoundError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    directory = runtime_directory(f"{identity['workload']}.{identity['namespace']}-{identity['bind_address']}")
-    file = lay_down(_proxy_settings(kind, directory / "admin.sock", identity), directory)
     arguments = [str(envoy), "-c", str(file), "--use-dynamic-base-id", *envoy_args]
     sys.stderr.flush()
     os.execv(envoy, arguments)  # noqa: S606 - becomes Envoy: signals and the exit code are its own
 
 
-@main.command("bootstrap")
-@_IDENTITY
-def bootstrap_command(kind: str, **identity: Any) -> None:  # noqa: ANN401
-    """Print the bootstrap that `llmplane proxy` would start Envoy with."""
+@main.command("bootstrap", short_help="Print the configuration that `proxy` starts Envoy with.")
+@_PROXY
+def bootstrap_command(kind: str, **settings: Any) -> None:
+    """Print the configuration that `llmplane proxy` starts Envoy with, as JSON.
+
+    For an Envoy that runs elsewhere, e.g. in a container: envoy -c bootstrap.json
+    """
     socket = Path("/tmp/llmplane-admin.sock")  # noqa: S108 - on the machine where Envoy will run
-    click.echo(json.dumps(bootstrap(_proxy_settings(kind, socket, identity)), indent=2))
+    click.echo(json.dumps(bootstrap(_proxy_settings(kind, socket, settings)), indent=2))
 
 
-@main.command("translate")
+@main.command("translate", short_help="Print the Envoy configuration that files mean.")
 @click.argument("files", nargs=-1, required=True, type=_EXISTING)
-@click.option("--proxy", "kind", type=click.Choice(list(_PROXY_TYPES)), default="sidecar", show_default=True)
-@click.option("--namespace", default="default", show_default=True)
-@click.option("--workload", default="", help="Name of the workload.")
-@click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the workload.")
+@click.option(
+    "--proxy",
+    "kind",
+    type=click.Choice(list(_PROXY_TYPES)),
+    default="sidecar",
+    show_default=True,
+    help="For which kind of Envoy.",
+)
+@_WORKLOAD
 @_MESH
 @_SET
 def translate_command(
+    *,
     files: tuple[Path, ...],
     kind: str,
     namespace: str,
-    workload: str,
-    labels: tuple[str, ...],
+    labels: _Pairs,
     mesh_config: Path | None,
-    connect_to: Sequence[tuple[Address, Address]],
+    connect_to: _ConnectTo,
     ca_file: Path | None,
-    settings: tuple[str, ...],
+    settings: _Pairs,
 ) -> None:
-    """Print the Envoy configuration that a proxy would get from FILES, without any server.
+    """Print the Envoy configuration that a proxy would get from FILES (or folders), without any server.
 
-    Keys are redacted.
+    Keys are not shown. Problems go to standard error; exits with 1 if one of them is an error.
     """
-    proxy = Proxy(_PROXY_TYPES[kind], namespace, workload, frozenset(_pairs("--label", labels).items()))
+    proxy = Proxy(_PROXY_TYPES[kind], namespace, "", frozenset(dict(labels).items()))
     mesh = mesh_settings(mesh_config, connect_to, ca_file)
-    text, problems = offline.translate(files, proxy, mesh, _variables(settings))
+    text, problems = offline.translate(files, proxy, mesh, variables(os.environ, dict(settings)))
     for problem in problems:
         click.echo(str(problem), err=True)
     click.echo(text, nl=False)
@@ -210,28 +303,45 @@ def translate_command(
         sys.exit(1)
 
 
-@main.command("validate")
+@main.command("validate", short_help="Check files, and name every problem with its place.")
 @click.argument("files", nargs=-1, required=True, type=_EXISTING)
 @_MESH_CONFIG
 @_SET
-def validate_command(files: tuple[Path, ...], mesh_config: Path | None, settings: tuple[str, ...]) -> None:
+def validate_command(*, files: tuple[Path, ...], mesh_config: Path | None, settings: _Pairs) -> None:
     """Check FILES (or folders), and name every problem with file, line, object and field.
 
     Exits with 1 if there is an error; warnings alone are exit 0.
     """
-    count, problems = offline.validate(files, _variables(settings), mesh_settings(mesh_config, (), None))
+    mesh = mesh_settings(mesh_config, (), None)
+    count, problems = offline.validate(files, variables(os.environ, dict(settings)), mesh)
     for problem in problems:
         click.echo(str(problem))
     errors = sum(problem.severity is Severity.ERROR for problem in problems)
-    click.echo(f"{count} objects, {errors} errors, {len(problems) - errors} warnings", err=True)
+    numbers = (
+        _count(count, "valid object"),
+        _count(errors, "error"),
+        _count(len(problems) - errors, "warning"),
+    )
+    click.echo(", ".join(numbers), err=True)
     sys.exit(1 if errors else 0)
 
 
-@main.command("status")
-@click.option("--admin-address", type=AddressType(), default="127.0.0.1:18080", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
+@main.command("status", short_help="Show what a running `llmplane serve` has, and who got it.")
+@click.option(
+    "--admin-address",
+    type=AddressType(),
+    default="127.0.0.1:18080",
+    show_default=True,
+    help="The --admin-address of `llmplane serve`.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def status_command(admin_address: Address, *, as_json: bool) -> None:
-    """Show objects and what is wrong with them, proxies, and who acknowledged what."""
+    """Show the objects of a running `llmplane serve`, its proxies, and all problems.
+
+    STATE says whether an object does its work; PROXIES how many of those that it is for have acknowledged it.
+    CDS, LDS, RDS and SDS are Envoy's discovery services: SYNCED (the proxy has the newest), STALE (its answer
+    is awaited) or NACK (it refused something, and keeps what it had).
+    """
     try:
         status = fetch_status(admin_address)
     except StatusUnavailableError as error:
@@ -239,40 +349,30 @@ def status_command(admin_address: Address, *, as_json: bool) -> None:
     click.echo(json.dumps(status, indent=2) if as_json else format_status(status))
 
 
-@main.command("demo")
+@main.command("demo", short_help="Show it all on this machine, with a made-up LLM.")
 @click.option("--keep", is_flag=True, help="Leave everything running for your own curl, until Ctrl-C.")
 def demo_command(*, keep: bool) -> None:
-    """Show the documents' scenarios on this machine: control plane, sidecar Envoy and fake LLM."""
+    """Run the documents' scenarios on this machine: control plane, sidecar Envoy and a made-up LLM."""
     sys.exit(run_demo(keep=keep))
 
 
 main.add_command(fakellm.command, "fake-llm")
 
 
-def _proxy_settings(kind: str, socket: Path, identity: Mapping[str, Any]) -> ProxySettings:
-    xds: Address = identity["xds_address"]
+def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> ProxySettings:
+    xds: Address = settings["xds_address"]
     return ProxySettings(
         type=_PROXY_TYPES[kind],
         xds_host=xds.host,
         xds_port=xds.port,
-        namespace=identity["namespace"],
-        workload=identity["workload"],
-        labels=_pairs("--label", identity["labels"]),
-        bind_address=identity["bind_address"],
+        namespace=settings["namespace"],
+        workload=settings["workload"],
+        labels=dict(settings["labels"]),
+        bind_address=settings["bind_address"],
         admin_socket=socket,
-        admin_port=identity["admin_port"],
+        admin_port=settings["admin_port"] or 0,
     )
 
 
-def _pairs(option: str, items: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{option} takes NAME=VALUE")
-        pairs[name] = value
-    return pairs
-
-
-def _variables(settings: Sequence[str]) -> dict[str, str]:
-    return variables(os.environ, _pairs("--set", settings))
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

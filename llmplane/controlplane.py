@@ -1,25 +1,31 @@
 """The wiring: source -> world -> translator -> snapshot -> management server, and status back."""
 
 import asyncio
+import os
+import socket
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Hashable, Mapping
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Protocol
 
 import structlog
 
+from crds.llmprovider import LLMProvider
+from crds.llmroute import LLMRoute
 from crds.loader import LoadedObject
-from crds.problems import ObjectKey
-from crds.problems import Severity
+from crds.meta import BaseObject
+from crds.problems import ObjectKey, Severity
 from llmplane.address import Address
 from llmplane.admin import AdminServer
-from llmplane.sources.files import FileSource
+from llmplane.checking import ResourceChecker
+from llmplane.problems import problems
 from llmplane.sources.state import SourceState, world_of
 from translator.conditions import Condition, conditions
 from translator.proxy import Proxy
-from translator.translate import Translation, Translator
-from translator.world import MeshSettings, World
+from translator.translate import ResourceName, Translation, Translator
+from translator.world import MeshSettings
+from xds.resources import Resource
 from xds.server import ManagementServer, Node, NodeRejected
 from xds.snapshot import Snapshot
 from xds.status import ProxyStatus, State, TypeStatus
@@ -27,68 +33,94 @@ from xds.status import ProxyStatus, State, TypeStatus
 _LOG = structlog.get_logger(__name__)
 
 
+class Source(Protocol):
+    """Where objects come from."""
+
+    def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
+        """Yield the whole state, and again after each change, until ``stop`` is set."""
+
+
+class AddressInUseError(RuntimeError):
+    """An address cannot be listened on; the text names the option and says why."""
+
+
 class ControlPlane:
     """Keeps the snapshots of all connected proxies true to the source (an xds.server.SnapshotSource)."""
 
-    def __init__(self, source: FileSource, mesh: MeshSettings) -> None:
+    def __init__(self, source: Source, mesh: MeshSettings, *, validate_resources: bool = True) -> None:
         self.server = ManagementServer(self, identifier="llmplane")
         self._source = source
         self._mesh = mesh
         self._state = SourceState()
-        self._world = World.of((), mesh)
-        self._is_ready = False
         self._revision = 0
-        self._translator = Translator()
-        self._translations: dict[Proxy, Translation] = {}
+        """How often the source was read."""
+        self._world = world_of(self._state, mesh)
         self._conditions: Mapping[ObjectKey, tuple[Condition, ...]] = {}
+        self._problems: dict[str, Severity] = {}
+        """What is wrong now, in the order of the files."""
+        self._translator = Translator()
+        self._translations: dict[Hashable, Translation] = {}
+        self._checker = ResourceChecker(enabled=validate_resources)
+        self._served: dict[Hashable, dict[ResourceName, Resource]] = {}
+        self._violations: dict[Hashable, dict[ResourceName, str]] = {}
 
-    async def run(
-        self,
-        xds_address: Address,
-        admin_address: Address,
-        stop: asyncio.Event,
-        started: Callable[[Address, Address], None] = lambda xds, admin: None,
-    ) -> None:
+    async def run(self, xds_address: Address, admin_address: Address, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set. Nothing is served before the source was read once.
 
-        ``started`` gets the addresses, with their real ports, once proxies are served. Raises OSError where
-        an address is taken, FileNotFoundError where a source does not exist.
+        Raises AddressInUseError.
         """
-        admin = AdminServer(self.status, lambda: self._is_ready)
-        admin_address = await admin.start(admin_address)
-        xds_address = xds_address._replace(port=await self.server.start(str(xds_address)))
-        try:
+        async with AsyncExitStack() as stack:
+            admin = AdminServer(self.status, lambda: self._revision > 0)
+            stack.push_async_callback(admin.stop)
+            try:
+                admin_address = await admin.start(admin_address)
+            except OSError as error:
+                raise AddressInUseError(_cannot_listen("--admin-address", admin_address, error)) from None
+            try:
+                _bind(xds_address)  # gRPC's own error says nothing
+                port = await self.server.start(str(xds_address))
+            except (OSError, RuntimeError) as error:
+                raise AddressInUseError(_cannot_listen("--xds-address", xds_address, error)) from None
+            stack.push_async_callback(self.server.stop)
             async for state in self._source.states(stop):
                 self._take(state)
-                if not self._is_ready:
-                    self._is_ready = True
+                if self._revision == 1:
                     self.server.ready()
+                    xds_address = xds_address._replace(port=port)
                     _LOG.info("serving", xds=str(xds_address), admin=str(admin_address))
-                    started(xds_address, admin_address)
-        finally:
-            await self.server.stop()
-            await admin.stop()
+        _LOG.info("stopped")
 
     def _take(self, state: SourceState) -> None:
         """Make a new world of a new state, and publish what it means for each connected proxy."""
-        self._revision += 1
-        if state == self._state and self._is_ready:
-            return
         begin = time.perf_counter()
-        for problem in set(state.problems) - set(self._state.problems):
-            log = _LOG.error if problem.severity is Severity.ERROR else _LOG.warning
-            log("problem", problem=str(problem))
-        for key in state.kept - self._state.kept:
-            _LOG.error("last good version stays in use", object=str(key))
-        self._state = state
+        self._revision += 1
+        if state == self._state and self._revision > 1:
+            return
+        before, self._state = self._state, state
         self._world = world_of(state, self._mesh)
-        self._conditions = conditions(self._world)
-        groups = [group for group in self.server.groups() if isinstance(group, Proxy)]
-        self._translations = {}
-        snapshots: dict[Hashable, Snapshot] = {proxy: self.snapshot(proxy) for proxy in groups}
-        self.server.publish(snapshots)
+        proxies = self.server.groups()
+        for gone in self._translations.keys() - set(proxies):
+            for of in (self._translations, self._served, self._violations):
+                of.pop(gone, None)
+            self.server.forget(gone)
+        self.server.publish({proxy: self.snapshot(proxy) for proxy in proxies})
         milliseconds = round((time.perf_counter() - begin) * 1000, 1)
-        _LOG.info("published", objects=len(state.objects), proxies=len(groups), milliseconds=milliseconds)
+        _LOG.info("published", objects=len(state.objects), groups=len(proxies), milliseconds=milliseconds)
+        self._conditions = conditions(self._world)
+        self._log_problems(before)
+
+    def _log_problems(self, before: SourceState) -> None:
+        """Log what is new among the problems, and what is gone."""
+        found = {str(problem): problem.severity for problem in problems(self._state, self._conditions)}
+        for text, severity in found.items():
+            if text not in self._problems:
+                (_LOG.error if severity is Severity.ERROR else _LOG.warning)("problem", problem=text)
+        for key in sorted(self._state.kept - before.kept):
+            _LOG.warning("last good version stays in use", object=str(key))
+        for text in self._problems:
+            if text not in found:
+                _LOG.info("problem solved", problem=text)
+        self._problems = found
 
     def group(self, node: Node) -> Hashable:
         """Return which proxies share a snapshot: those that configuration cannot tell apart."""
@@ -103,56 +135,94 @@ class ControlPlane:
             raise TypeError(f"{group!r} is no Proxy")
         translation = self._translator.translate(self._world, group)
         self._translations[group] = translation
-        return Snapshot(translation.resources)
+        served, violations = self._checker.check(translation.resources, self._served.get(group, {}))
+        for name, text in violations.items() - self._violations.get(group, {}).items():
+            _LOG.error("resource is not valid and is held back", type=name[0], name=name[1], problem=text)
+        self._served[group], self._violations[group] = served, violations
+        return Snapshot(served.values())
 
     def status(self) -> dict[str, Any]:
         """Return objects, proxies and problems as JSON-ready data; holds no secret."""
         proxies = self.server.proxies()
-        problems = [str(problem) for problem in self._state.problems]
-        problems += [f"{key}: its last good version is in use" for key in sorted(self._state.kept)]
+        refusals: dict[ObjectKey, list[str]] = {}
+        for refusal in self.server.refusals():
+            text = f"{refusal.node_id} refused {refusal.name}: {refusal.detail}"
+            for key in self._origins(refusal.group, (refusal.type_url, refusal.name)):
+                refusals.setdefault(key, []).append(text)
+        for group, violations in self._violations.items():
+            for name, violation in violations.items():
+                for key in self._origins(group, name):
+                    refusals.setdefault(key, []).append(f"{name[1]} is held back: {violation}")
         return {
             "revision": self._revision,
-            "objects": [self._object(item, proxies) for item in self._state.objects if item.kind in _OWN_KINDS],
+            "objects": [
+                self._object(item, proxies, refusals.get(item.key, []))
+                for item in self._state.objects
+                if item.key in self._conditions
+            ],
             "proxies": [_proxy(proxy) for proxy in proxies],
-            "problems": problems,
+            "problems": [
+                *self._problems,
+                *(f"{key}: its last good version is in use" for key in sorted(self._state.kept)),
+                *(f"{key}: {text}" for key, texts in refusals.items() for text in texts),
+            ],
         }
 
-    def _object(self, item: LoadedObject, proxies: Sequence[ProxyStatus]) -> dict[str, Any]:
+    def _origins(self, group: Hashable, resource: ResourceName) -> list[ObjectKey]:
+        translation = self._translations.get(group)
+        origins = translation.origins if translation else {}
+        return [key for key, resources in origins.items() if resource in resources]
+
+    def _object(self, item: LoadedObject, proxies: list[ProxyStatus], refusals: list[str]) -> dict[str, Any]:
         """Say of an object whether it counts, what it lacks, and how many proxies acknowledged it."""
-        found = [asdict(condition) for condition in self._conditions.get(item.key, ())]
-        reached, acknowledged = 0, 0
-        refusals = []
-        for proxy in proxies:
-            translation = self._translations.get(cast("Proxy", proxy.group))
-            names = translation.origins.get(item.key) if translation else None
-            if not names:
-                continue
-            reached += 1
-            acknowledged += all(_acknowledged(proxy.types.get(type_url), name) for type_url, name in names)
-        for refusal in self.server.refusals():
-            translation = self._translations.get(cast("Proxy", refusal.group))
-            if translation and (refusal.type_url, refusal.name) in translation.origins.get(item.key, ()):
-                refusals.append(f"{refusal.node_id} refused it: {refusal.detail}")
+        found = [
+            {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
+            for each in self._conditions.get(item.key, ())
+        ]
         if refusals:
             message = "; ".join(refusals)
-            found.append(asdict(Condition("Programmed", status=False, reason="Refused", message=message)))
-        failed = [condition["type"] for condition in found if not condition["status"]]
+            found.append({"type": "Programmed", "status": False, "reason": "Refused", "message": message})
+        states = ["last good version"] if item.key in self._state.kept else []
+        states += [str(each["reason"]) for each in found if not each["status"]]
+        reached, acknowledged = 0, 0
+        for proxy in proxies:
+            translation = self._translations.get(proxy.group)
+            resources = translation.origins.get(item.key) if translation else None
+            if resources:
+                reached += 1
+                acknowledged += all(_has_accepted(proxy.types.get(url), name) for url, name in resources)
         return {
             "kind": item.kind,
             "namespace": item.namespace,
             "name": item.name,
-            "host": item.object.spec.host,
+            "host": _host(item.object),
             "source": f"{item.file}:{item.line}",
-            "state": "OK" if not failed else f"not {', not '.join(failed)}",
+            "state": ", ".join(states) or "OK",
             "programmed": f"{acknowledged}/{reached}",
             "conditions": found,
         }
 
 
-_OWN_KINDS = frozenset({"LLMProvider", "LLMRoute"})
+def _host(item: BaseObject) -> str:
+    return item.spec.host if isinstance(item, LLMProvider | LLMRoute) else ""
 
 
-def _acknowledged(status: TypeStatus | None, name: str) -> bool:
+def _bind(address: Address) -> None:
+    """Raise OSError if an address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(tuple(address))
+
+
+def _cannot_listen(option: str, address: Address, error: Exception) -> str:
+    why = str(error)
+    if isinstance(error, OSError) and error.errno:  # asyncio puts words around the system's own
+        why = str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+    return f"{option} {address}: {why}"
+
+
+def _has_accepted(status: TypeStatus | None, name: str) -> bool:
     """Whether a proxy has accepted the current version of one resource."""
     if status is None:
         return False

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import sys
 import sysconfig
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from llmplane.bootstrap import ProxySettings, bootstrap
 from translator import lua
+
+_LONGEST_SOCKET = 107
+"""Bytes (sun_path of unix(7), less the NUL)."""
 
 
 class EnvoyNotFoundError(RuntimeError):
@@ -41,11 +45,15 @@ def find_envoy() -> Path:
 
 
 def runtime_directory(name: str) -> Path:
-    """Return a directory of this user for the files of one proxy (mode 0700)."""
+    """Return a directory of this user for the files of one proxy (mode 0700), below $XDG_RUNTIME_DIR or /tmp.
+
+    Raises OSError.
+    """
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"llmplane-{os.getuid()}"
     base.mkdir(mode=0o700, exist_ok=True)
-    if base.stat().st_uid != os.getuid():
-        raise PermissionError(f"{base} belongs to another user")
+    status = base.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():  # others can write to /tmp, too
+        raise PermissionError(f"{base} is not a directory of this user")
     directory = base / name
     directory.mkdir(mode=0o700, exist_ok=True)
     return directory
@@ -55,7 +63,12 @@ def lay_down(proxy: ProxySettings, directory: Path) -> Path:
     """Write the bootstrap and the Lua script of a proxy; return the bootstrap's path.
 
     The script's file is named by its hash: an Envoy of an older version keeps the text that it knows.
+    Raises OSError, also where the path of the admin socket is too long for one.
     """
+    if not proxy.admin_port and len(os.fsencode(proxy.admin_socket)) > _LONGEST_SOCKET:
+        raise OSError(
+            f"{proxy.admin_socket} is too long for a Unix socket: set XDG_RUNTIME_DIR to a shorter path"
+        )
     script = directory / f"llm_provider-{lua.SCRIPT_SHA256[:16]}.lua"
     script.write_text(lua.SCRIPT, encoding="utf-8")
     file = directory / "bootstrap.json"

@@ -6,6 +6,7 @@ from pathlib import Path
 import certifi
 import click
 import yaml
+from cryptography import x509
 from pydantic import ValidationError
 
 from crds.meshconfig import MeshConfig
@@ -26,7 +27,7 @@ def mesh_settings(
         root_namespace=config.root_namespace,
         proxy_http_port=config.proxy_http_port,
         connect_timeout=config.connect_timeout,
-        connect_to={tuple(host): tuple(address) for host, address in connect_to},
+        connect_to=dict(connect_to),
         trusted_ca=_trust_roots(ca_file),
     )
 
@@ -34,15 +35,28 @@ def mesh_settings(
 def _read(file: Path) -> MeshConfig:
     try:
         return MeshConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise click.ClickException(f"{file}: {error}") from None
     except ValidationError as error:
-        texts = [f"{file}: {field_name(found.path)}: {found.message}" for found in findings(MeshConfig, error)]
+        found = findings(MeshConfig, error)
+        texts = [f"{file}: {field_name(finding.path)}: {finding.message}" for finding in found]
         raise click.ClickException("\n".join(texts)) from None
 
 
 def _trust_roots(ca_file: Path | None) -> bytes:
     """Return the machine's trust roots (certifi's, where it has none) and the CA given besides, as PEM."""
     system = _SYSTEM_CA if _SYSTEM_CA.exists() else Path(certifi.where())
-    own = ca_file.read_bytes() + b"\n" if ca_file else b""
+    own = _certificates(ca_file) + b"\n" if ca_file else b""
     return own + system.read_bytes()
+
+
+def _certificates(file: Path) -> bytes:
+    """Read a file of PEM certificates. A proxy would refuse anything else, and reach no provider."""
+    try:
+        pem = file.read_bytes()
+        x509.load_pem_x509_certificates(pem)
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from None
+    except ValueError:
+        raise click.ClickException(f"{file}: has no CA certificate in PEM form") from None
+    return pem

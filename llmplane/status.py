@@ -1,14 +1,16 @@
 """``llmplane status``: the running control plane's objects and proxies, as tables."""
 
 import json
-import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
 
 from llmplane.address import Address
+
+_TYPES = {"Cluster": "CDS", "Listener": "LDS", "RouteConfiguration": "RDS", "Secret": "SDS"}
+"""The discovery services of a sidecar by their types, in the words of `istioctl proxy-status`."""
 
 
 class StatusUnavailableError(RuntimeError):
@@ -23,40 +25,46 @@ def fetch_status(address: Address) -> dict[str, Any]:
             status: dict[str, Any] = json.load(answer)
             return status
     except (OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
         raise StatusUnavailableError(
-            f"no llmplane at {address} ({error}); is `llmplane serve` running, with this --admin-address?"
+            f"no llmplane answers at {address} ({why}): is `llmplane serve` running there?"
         ) from None
 
 
 def format_status(status: Mapping[str, Any]) -> str:
-    """Write a status as tables: objects, proxies, and everything that needs attention."""
+    """Write a status for people: a table of objects, one of proxies, and everything that needs attention."""
     parts = [
         _table(
             ["KIND", "NAMESPACE", "NAME", "HOST", "STATE", "PROXIES"],
-            (
+            [
                 [o["kind"], o["namespace"], o["name"], o["host"], o["state"], o["programmed"]]
                 for o in status["objects"]
-            ),
-            "no objects",
+            ],
+            "No objects.",
         ),
         _table(
-            ["PROXY", "ENVOY", "STATE", "CONNECTED"],
-            ([p["node_id"], p["version"], p["state"], p["connected_since"]] for p in status["proxies"]),
-            "no proxy is connected",
+            ["PROXY", "ENVOY", *_TYPES.values(), "CONNECTED SINCE"],
+            [
+                [_name(p["node_id"]), p["version"], *_states(p["types"]), p["connected_since"]]
+                for p in status["proxies"]
+            ],
+            "No proxy is connected.",
         ),
     ]
-    attention = [
-        f"{o['kind']} {o['namespace']}/{o['name']}: {c['type']}: {c['reason']}: {c['message']}"
-        for o in status["objects"]
-        for c in o["conditions"]
-        if not c["status"]
-    ]
-    attention += status["problems"]
-    if attention:
-        parts.append("\n".join(["PROBLEMS", *attention]))
+    if status["problems"]:
+        parts.append("\n".join(["PROBLEMS", *status["problems"]]))
     return "\n\n".join(parts)
 
 
-def _table(headers: list[str], rows: Iterable[list[str]], nothing: str) -> str:
-    rows = list(rows)
+def _name(node_id: str) -> str:
+    """Return `sleep-4f2a.default` of `sidecar~127.0.0.1~sleep-4f2a.default~default.svc.cluster.local`."""
+    parts = node_id.split("~")
+    return parts[2] if len(parts) == 4 else node_id  # noqa: PLR2004 - type, address, name, domain
+
+
+def _states(types: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [types[name]["state"] if name in types else "-" for name in _TYPES]
+
+
+def _table(headers: list[str], rows: list[list[str]], nothing: str) -> str:
     return tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True) if rows else nothing

@@ -19,8 +19,7 @@ from xds.snapshot import EMPTY, ResourceSet
 from xds.subscription import MAX_NAMES, Pending, Phase, Subscription, TooManyNamesError
 
 PARTS: Final = 16
-"""A refused response is sent again in up to so many parts: few members one by one, and of thousands only those
-near the culprit."""
+"""Parts in which a refused response is sent again: few members go one by one, thousands are searched."""
 
 
 class DeltaSubscription(Subscription):

@@ -149,6 +149,17 @@ class Group:
         resource = self._snapshot[refusal.type_url].get(refusal.name)
         return resource is not None and resource.version == refusal.version
 
+    def stands(self, refusal: Refusal) -> bool:
+        """Whether the refusal of one proxy still counts: by quarantine, or because others accept the version.
+
+        If the version was away meanwhile, and nobody looked, it is tried again.
+        """
+        good = self._good_of(refusal.type_url).get(refusal.name)
+        quarantined = self.refusals.get((refusal.type_url, refusal.name))
+        return self.has(refusal) and refusal.version in {
+            other.version for other in (good, quarantined) if other
+        }
+
     def refuse(self, refusal: Refusal, fallback: Resource | None) -> None:
         """Put a resource into quarantine, unless it is of the past or a proxy of the group accepted it.
 

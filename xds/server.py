@@ -61,6 +61,10 @@ OPTIONS: Final = (
 )
 
 
+WRITE_GRACE: Final = 0.2
+"""Seconds that a write may take when its stream ends; a client that does not read would keep it for ever."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """Who a proxy says it is (`envoy.config.core.v3.Node`), as far as somebody asked for it."""
@@ -229,6 +233,10 @@ class _Connection:
         self._type_url = type_url
         self._delta = delta
         self._due = asyncio.Event()
+        self._ending = False
+        # Asked for once, at the start: when a client was killed, peer() of its call crashes the process as
+        # long as the handler still runs (segmentation fault, seen with grpcio 1.85).
+        self._peer = context.peer()
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._since = time.time()
         self._node: Node
@@ -252,13 +260,13 @@ class _Connection:
         try:
             group = self._server.join(self, self._node)
         except NodeRejected as rejected:
-            log.warning("proxy rejected", node=self._node.id, peer=self._context.peer(), reason=str(rejected))
+            log.warning("proxy rejected", node=self._node.id, peer=self._peer, reason=str(rejected))
             raise _Closed(rejected.status, str(rejected)) from None
         if self._delta:
             self._stream = Stream(group, self._node.id, DeltaSubscription)
         else:
             self._stream = Stream(group, self._node.id, SotwSubscription)
-        log.info("proxy connected", node=self._node.id, peer=self._context.peer(), delta=self._delta)
+        log.info("proxy connected", node=self._node.id, peer=self._peer, delta=self._delta)
         tasks: list[asyncio.Task[None]] = []
         try:
             self._take_in(request)
@@ -270,16 +278,36 @@ class _Connection:
                 if task.done():
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._server.leave(self, group)
-            log.info("proxy disconnected", node=self._node.id, peer=self._context.peer())
+            try:
+                await self._end(tasks)
+            finally:  # gRPC may cancel the handler at that very moment
+                self._server.leave(self, group)
+            log.info("proxy disconnected", node=self._node.id, peer=self._peer)
+
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        """End the tasks; a write that is under way may end by itself, within WRITE_GRACE.
+
+        1. A write is cancelled while its batch is under way. 2. gRPC does not note that the initial metadata
+        was sent. 3. It sends them again, with the status; the core refuses that (TOO_MANY_OPERATIONS). 4. The
+        client never learns that the stream ended (seen with grpcio 1.85).
+        """
+        self._ending = True
+        self._due.set()
+        if not tasks:
+            return
+        reader, writer = tasks
+        ended = asyncio.gather(reader, writer, return_exceptions=True)
+        reader.cancel()
+        try:
+            await asyncio.wait({writer}, timeout=WRITE_GRACE)
+        finally:
+            writer.cancel()
+        await ended
 
     async def _read(self) -> Any:
         """Return the next request, None at the end. Raises _Closed."""
         data = await self._context.read()
-        if data is grpc.aio.EOF:
+        if not isinstance(data, bytes):  # grpc.aio.EOF
             return None
         message = protos.DeltaDiscoveryRequest if self._delta else protos.DiscoveryRequest
         try:
@@ -293,10 +321,12 @@ class _Connection:
 
     async def _write_responses(self) -> None:
         clock = asyncio.get_running_loop().time
-        while True:
+        while not self._ending:
             self._due.clear()
-            while (response := self._stream.next_response(clock())) is not None:
+            while not self._ending and (response := self._stream.next_response(clock())) is not None:
                 await self._context.write(response.data)
+            if self._ending:
+                return
             now = clock()
             wake_at = self._stream.wake_at(now)
             with contextlib.suppress(TimeoutError):
@@ -357,7 +387,7 @@ class _Connection:
             group=self._stream.group.key,
             delta=self._delta,
             connected_since=self._since,
-            peer=self._context.peer(),
+            peer=self._peer,
             types={
                 type_url: type_status(subscription, self._stream.group)
                 for type_url, subscription in self._stream.subscriptions.items()

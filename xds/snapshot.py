@@ -1,4 +1,5 @@
 """Everything that one group of proxies should have, as an immutable value."""
+# ruff: noqa: SLF001 - all private members are those of another instance of the same class
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,8 +9,8 @@ from weakref import WeakKeyDictionary
 from xds.resources import Resource
 
 
-class ResourceSet(Mapping[str, Resource]):
-    """The resources of one type by name, immutable and compared by identity.
+class ResourceSet:
+    """The resources of one type by name: a mapping that is immutable and compared by identity.
 
     A set made by `replace` knows what distinguishes it from its origin; any other difference is computed
     once.
@@ -23,14 +24,11 @@ class ResourceSet(Mapping[str, Resource]):
         self._checksum: int | None = None
         self.held: frozenset[str] = frozenset(name for name, resource in resources.items() if resource.held)
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
     def __getitem__(self, name: str) -> Resource:
         return self._resources[name]
 
-    def get(self, name: str, default: object = None, /) -> Resource | None:  # type: ignore[override]
-        """Return the resource of that name, if there is one (the shortest way: this is the inner loop)."""
+    def get(self, name: str) -> Resource | None:
+        """Return the resource of that name, if there is one."""
         return self._resources.get(name)
 
     def __contains__(self, name: object) -> bool:
@@ -45,8 +43,8 @@ class ResourceSet(Mapping[str, Resource]):
     def __repr__(self) -> str:
         return f"<{len(self)} resources, version {self.version}>"
 
-    def values(self) -> "Iterable[Resource]":  # type: ignore[override]
-        """Return the resources (without the detour of Mapping's view)."""
+    def values(self) -> Iterable[Resource]:
+        """Return the resources."""
         return self._resources.values()
 
     @property

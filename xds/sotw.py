@@ -168,7 +168,8 @@ class SotwSubscription(Subscription):
 
     @property
     def _sent_set(self) -> ResourceSet:
-        return (self.pending[-1].target if self.pending else None) or self.held.base
+        target = self.pending[-1].target if self.pending else None
+        return self.held.base if target is None else target
 
     def _want(self, resources: ResourceSet, phase: Phase) -> ResourceSet:
         """Return the set that the client should have now."""

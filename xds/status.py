@@ -4,9 +4,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from xds.delta import DeltaSubscription
 from xds.group import ORIGIN, Group
 from xds.sotw import SotwSubscription
-from xds.delta import DeltaSubscription
 from xds.subscription import LastError
 
 

@@ -2,11 +2,10 @@
 
 Theory of operation
 -------------------
-A subscription knows what the client asks for (`wildcard`, `names`),
-what it **has** (`held`: accepted by ACK, or reported on reconnect) and what was **sent** and not answered
-yet (`pending`, oldest first). What it was last sent is `held` with `pending` on top. Sent and accepted are
-never mixed up: an ACK moves the changes of its response into `held`, a NACK just takes the response out of
-`pending`, which rolls it back.
+A subscription knows what the client asks for (`wildcard`, `names`), what it **has** (`held`: accepted by
+ACK, or reported on reconnect) and what was **sent** and not answered yet (`pending`, oldest first). What it
+was last sent is `held` with `pending` on top. Sent and accepted are never mixed up: an ACK moves the changes
+of its response into `held`, a NACK just takes the response out of `pending`, which rolls it back.
 
 After a NACK the members of the refused response are sent again in parts (`isolated`), until a response with
 a single member is refused: that is the culprit. The client is not sent this version again (`refused`), and
@@ -329,7 +328,7 @@ class Subscription:
 
     def _forget_refusals(self) -> None:
         """Forget what was refused of content that has changed since."""
-        for name in [name for name, refusal in self.refused.items() if not self._group.has(refusal)]:
+        for name in [name for name, refusal in self.refused.items() if not self._group.stands(refusal)]:
             del self.refused[name]
 
 

@@ -6,6 +6,8 @@ last good version; if it cannot be told, nothing is removed at all (design decis
 
 import asyncio
 import os
+import stat
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +21,44 @@ from llmplane.sources.watch import changes
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
+_Stamp = tuple[int, int, int]
+"""A file's number, size and time of the last write (ns): another one after a change."""
+
+_CLOCK_NS = 1_000_000_000
+"""A write can hide from the stamp if it follows another one within a tick of the file system's clock."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Listing:
     """The files that count, and why others cannot be read although they should be there."""
 
-    files: list[Path]
+    files: dict[Path, _Stamp]
     unreadable: dict[Path, str]
+
+    def add(self, path: Path) -> None:
+        """Look at a file."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            self.unreadable[path] = f"cannot be read: {error.strerror}"
+            return
+        if stat.S_ISREG(status.st_mode):
+            self.files[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        else:
+            self.unreadable[path] = "is not a file"  # a pipe would be waited for
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
     text: str
     loaded: Loaded
+    stamp: _Stamp
+    read_at: int
+    """Nanoseconds since the epoch."""
+
+    def is_still(self, stamp: _Stamp) -> bool:
+        """Whether the file is surely what was read (git's rule for its index)."""
+        return self.stamp == stamp and stamp[2] + _CLOCK_NS < self.read_at
 
 
 class FileSource:
@@ -49,28 +77,36 @@ class FileSource:
         self._files: dict[Path, _File] = {}
         self._objects: dict[ObjectKey, LoadedObject] = {}
         self._held: frozenset[ObjectKey] = frozenset()
+        self._listing = _Listing({}, {})
 
     async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
-        """Yield the state now and whenever a file was written (an equal one too), until ``stop`` is set.
+        """Yield the state now and whenever a file was replaced (by an equal one too), until ``stop`` is set.
 
         Good versions are put on disk after they were taken, which nobody waits for.
         """
-        seen = None
-        async for changed in changes(self._paths, stop):
-            look = self._look()
-            if changed or look != seen:
-                seen = look
-                yield self.read()
-                if self._last_good:
-                    self._last_good.put(self._objects.values())
+        last = None
+        async for changed in changes(self._paths, self._look, stop):
+            state = self._read(self._listing)
+            if not changed and state == last:
+                continue
+            last = state
+            yield state
+            if self._last_good:
+                self._last_good.put(self._objects.values())
 
     def read(self) -> SourceState:
         """Read all files now; an object that did not change keeps its identity."""
-        listing = self._list()
+        return self._read(self._list())
+
+    def _read(self, listing: _Listing) -> SourceState:
         unreadable = dict(listing.unreadable)
         files: dict[Path, _File] = {}
-        for path in listing.files:
+        for path, stamp in listing.files.items():
             known = self._files.get(path)
+            if known is not None and known.is_still(stamp):
+                files[path] = known
+                continue
+            read_at = time.time_ns()
             try:
                 # What is no UTF-8 becomes characters that no YAML may hold: it spoils its own document only.
                 text = path.read_bytes().decode(errors="surrogateescape")
@@ -81,9 +117,10 @@ class FileSource:
                 # `generate > objects.yaml` has emptied the file long before it is written.
                 unreadable[path] = "is empty: its objects stay until something is written or it is deleted"
             elif known is not None and known.text == text:
-                files[path] = known
+                files[path] = replace(known, stamp=stamp, read_at=read_at)
             else:
-                files[path] = _File(text, load(text, str(path), self._variables))
+                loaded = load(text, str(path), self._variables, known.loaded if known else None)
+                files[path] = _File(text, loaded, stamp, read_at)
         self._files = files
         problems = [
             Problem(Severity.ERROR, str(path), 0, "", "", "", "", why) for path, why in unreadable.items()
@@ -91,30 +128,19 @@ class FileSource:
         return self._merge(problems)
 
     def _list(self) -> _Listing:
-        listing = _Listing([], {})
-        visited: set[tuple[int, int]] = set()
+        listing = _Listing({}, {})
+        visited: set[Path] = set()
         for path in self._paths:
             if path.is_dir():
                 _walk(path, visited, listing)
-            elif path.exists():
-                listing.files.append(path)
             else:
-                listing.unreadable[path] = "cannot be read: No such file or directory"
-        listing.files[:] = dict.fromkeys(listing.files)
+                listing.add(path)
         return listing
 
-    def _look(self) -> tuple[object, ...]:
+    def _look(self) -> _Listing:
         """Return what is different after a change; all it costs is a system call for each file."""
-        listing = self._list()
-        found: list[object] = sorted(listing.unreadable.items())
-        for path in listing.files:
-            try:
-                status = path.stat()
-            except OSError as error:
-                found.append((path, error.errno))
-            else:
-                found.append((path, status.st_ino, status.st_size, status.st_mtime_ns))
-        return tuple(found)
+        self._listing = self._list()
+        return self._listing
 
     def _had_objects(self, path: Path) -> bool:
         name = str(path)
@@ -150,7 +176,9 @@ class FileSource:
     def _same(self, item: LoadedObject) -> LoadedObject:
         """Give an object that was read again its identity back: what was made of it is still good."""
         known = self._objects.get(item.key)
-        return replace(item, object=known.object) if known and known.digest == item.digest else item
+        if known is None or known.object is item.object or known.digest != item.digest:
+            return item
+        return replace(item, object=known.object)
 
     def _known(self) -> set[ObjectKey]:
         return {*self._objects, *(self._last_good.keys() if self._last_good else ())}
@@ -162,28 +190,24 @@ class FileSource:
         return self._last_good.get(key, self._variables) if self._last_good else None
 
 
-def _walk(top: Path, visited: set[tuple[int, int]], listing: _Listing) -> None:
+def _walk(top: Path, visited: set[Path], listing: _Listing) -> None:
     """Add what is below a folder. Symbolic links are followed: volumes of Kubernetes consist of them."""
 
     def fail(error: OSError) -> None:
         listing.unreadable[Path(error.filename)] = f"cannot be read: {error.strerror}"
 
     for folder, folders, names in os.walk(top, onerror=fail, followlinks=True):
-        status = os.stat(folder)  # noqa: PTH116 - os.walk's paths are strings
-        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
+        real = Path(folder).resolve()
+        if real in visited:  # a link that leads back
             folders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(real)
         # A container's volume whose file does not exist becomes a folder of the file's name.
         for name in (name for name in folders if _counts(name)):
             listing.unreadable[Path(folder, name)] = "is a folder, not a file"
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _counts(name))
         for name in sorted(name for name in names if _counts(name)):
-            path = Path(folder, name)
-            if path.exists() and not path.is_file():
-                listing.unreadable[path] = "is not a file"  # a pipe would be waited for
-            else:
-                listing.files.append(path)
+            listing.add(Path(folder, name))
 
 
 def _counts(name: str) -> bool:

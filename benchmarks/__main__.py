@@ -1,0 +1,26 @@
+"""`python -m benchmarks [request|change|translate|size]... [--quick]`."""
+
+import click
+
+from benchmarks import change, report, request, size, translate
+
+_BENCHMARKS = {
+    "request": request.measure,
+    "change": change.measure,
+    "translate": translate.measure,
+    "size": size.measure,
+}
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(list(_BENCHMARKS)))
+@click.option("--quick", is_flag=True, help="Few rounds and small numbers, to see whether all works.")
+def main(names: tuple[str, ...], *, quick: bool) -> None:
+    """Measure llmplane, each thing beside its reference (none named: all). See docs/benchmarks.md."""
+    click.echo(f"{report.machine()}\n")
+    for name in names or _BENCHMARKS:
+        report.print_and_save(name, _BENCHMARKS[name](quick=quick), quick=quick)
+
+
+if __name__ == "__main__":
+    main()

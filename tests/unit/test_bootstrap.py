@@ -1,0 +1,116 @@
+"""The bootstrap of a proxy, and where it is laid down (tests/envoy/test_proxy.py: what Envoy makes of it)."""
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import llmplane.envoy
+from llmplane.bootstrap import ProxySettings, bootstrap
+from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
+from translator import lua
+from translator.proxy import Proxy, ProxyType
+
+
+def settings(**more: Any) -> ProxySettings:
+    given: dict[str, Any] = {
+        "type": ProxyType.SIDECAR,
+        "xds_host": "127.0.0.1",
+        "xds_port": 18000,
+        "namespace": "team-a",
+        "workload": "sleep",
+        "admin_socket": Path("/run/admin.sock"),
+        **more,
+    }
+    return ProxySettings(**given)
+
+
+def test_the_translator_reads_back_who_the_proxy_is() -> None:
+    made = settings(labels={"app": "sleep"}, bind_address="127.0.0.3", scripts={"digest": Path("/a.lua")})
+    node = bootstrap(made)["node"]
+    assert Proxy.from_node(node["id"], node["metadata"]) == Proxy(
+        ProxyType.SIDECAR,
+        "team-a",
+        "sleep",
+        frozenset({("app", "sleep")}),
+        "127.0.0.3",
+        frozenset({("digest", "/a.lua")}),
+    )
+
+
+def test_each_proxy_has_an_id_of_its_own() -> None:
+    assert bootstrap(settings())["node"]["id"] != bootstrap(settings())["node"]["id"]
+    assert bootstrap(settings(type=ProxyType.ROUTER))["node"]["id"].startswith("router~")
+
+
+def test_the_admin_interface_is_a_socket_of_this_user_or_a_port_of_this_machine() -> None:
+    assert bootstrap(settings())["admin"]["address"] == {"pipe": {"path": "/run/admin.sock", "mode": 0o600}}
+    assert bootstrap(settings(admin_port=9901))["admin"]["address"] == {
+        "socket_address": {"address": "127.0.0.1", "port_value": 9901}
+    }
+
+
+def test_every_listener_is_at_the_bind_address() -> None:
+    made = bootstrap(settings(bind_address="127.0.0.3"))
+    addresses = [each["address"]["socket_address"] for each in made["static_resources"]["listeners"]]
+    assert addresses == [
+        {"address": "127.0.0.3", "port_value": 15090},
+        {"address": "127.0.0.3", "port_value": 15021},
+    ]
+
+
+def test_bootstrap_and_script_are_laid_down_for_this_user_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    directory = runtime_directory("sleep.default-127.0.0.1")
+    for each in (directory, directory.parent):
+        assert stat.S_IMODE(each.stat().st_mode) == 0o700
+    file = lay_down(settings(admin_socket=directory / "admin.sock"), directory)
+    scripts = json.loads(file.read_text())["node"]["metadata"]["LUA_SCRIPTS"]
+    assert Path(scripts[lua.SCRIPT_SHA256]).read_text() == lua.SCRIPT
+    assert lay_down(settings(), runtime_directory("sleep.default-127.0.0.1")) == file, (
+        "again, as after a restart"
+    )
+
+
+def test_a_socket_whose_path_is_too_long_is_refused_before_envoy_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too long for a Unix socket"):
+        lay_down(settings(admin_socket=Path("/" + "a" * 107)), tmp_path)
+    lay_down(settings(admin_socket=Path("/" + "a" * 106)), tmp_path)
+    lay_down(settings(admin_socket=Path("/" + "a" * 107), admin_port=9901), tmp_path)
+
+
+# Which Envoy
+
+
+def executable(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o755)
+    return file
+
+
+def test_the_envoy_in_path_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envoy = executable(tmp_path / "bin" / "envoy")
+    monkeypatch.setenv("PATH", f"{tmp_path}/other{os.pathsep}{tmp_path}/bin")
+    assert find_envoy() == envoy
+
+
+def test_the_start_script_of_the_wheel_is_no_envoy_but_the_wheel_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable(tmp_path / "venv" / "bin" / "envoy")
+    monkeypatch.setattr(llmplane.envoy.sysconfig, "get_path", lambda _: str(tmp_path / "venv" / "bin"))
+    monkeypatch.setenv("PATH", str(tmp_path / "venv" / "bin"))
+    package = tmp_path / "site-packages" / "envoy"
+    found = SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(llmplane.envoy, "find_spec", lambda _: found)
+    with pytest.raises(EnvoyNotFoundError, match=sys.executable):
+        find_envoy()
+    envoy = executable(package / "_bin" / "envoy")
+    assert find_envoy() == envoy

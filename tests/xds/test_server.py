@@ -1,0 +1,398 @@
+"""The server around the protocol: who is let in, how it ends, hostile and slow clients (X checks)."""
+# ruff: noqa: N802 - the numbers in the names are those of the list of checks
+
+import asyncio
+import os
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.xds.client import TIMEOUT, Proxy, World, eventually, resource, resources
+from xds import protos, server
+from xds.resources import CDS, EDS, LDS, PUSH_ORDER, RDS, SDS, Resource
+from xds.server import AGGREGATED, ManagementServer
+from xds.snapshot import Snapshot
+from xds.status import State
+from xds.stream import MAX_TYPES
+
+METHODS = [f"/{AGGREGATED}/{method}AggregatedResources" for method in ("Stream", "Delta")]
+both_methods = pytest.mark.parametrize("method", METHODS)
+
+
+async def test_X1_node_in_the_first_message_is_enough(world: World) -> None:
+    """And another node in a later message changes nothing: the stream belongs to the first."""
+    world.set(CDS, {"a": 1})
+    world.set(CDS, {"b": 1}, group="other")
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        request = protos.DeltaDiscoveryRequest(type_url=CDS, resource_names_subscribe=["b"])
+        request.node.id, request.node.cluster = "other", "other"
+        await proxy.send(request)
+        await proxy.expect(CDS, {}, removed=["b"])
+
+
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_X2_types_are_pushed_in_the_order_of_their_references(world: World, variant: str) -> None:
+    world.publish(*(resource(type_url, "a") for type_url in PUSH_ORDER))
+    async with getattr(world, variant)() as proxy:
+        for type_url in reversed(PUSH_ORDER):
+            await proxy.subscribe(type_url, ["a"], {"a": 1})
+        await proxy.expect_nothing()
+        world.publish(*(resource(type_url, "a", 2) for type_url in PUSH_ORDER))
+        assert [(await proxy.receive()).type_url for _ in PUSH_ORDER] == list(PUSH_ORDER)
+
+
+async def test_X3_key_rotation_is_a_secret_and_nothing_else(world: World) -> None:
+    world.publish(resource(CDS, "a"), resource(SDS, "key"))
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        await proxy.subscribe(SDS, ["key"], {"key": 1})
+        world.publish(resource(CDS, "a"), resource(SDS, "key", 2))
+        await proxy.ack(await proxy.expect(SDS, {"key": 2}))
+        await proxy.expect_nothing()
+
+
+async def test_X6_sixty_thousand_initial_versions_are_taken(world: World) -> None:
+    """That request is larger than the 4 MB that gRPC takes if nobody says otherwise."""
+    known = {f"outbound|443||provider-{number}.example.com": "0123456789abcdef" for number in range(60_000)}
+    world.set(CDS, {"a": 1})
+    async with world.delta() as proxy:
+        await proxy.request(CDS, has=known)
+        await proxy.expect(CDS, {"a": 1}, removed=known)
+
+
+async def test_X6_response_of_many_megabytes_passes(world: World) -> None:
+    large = Resource.of(
+        protos.Secret(name="a", generic_secret={"secret": {"inline_bytes": bytes(40_000_000)}})
+    )
+    world.publish(large)
+    async with world.delta() as proxy:
+        await proxy.subscribe(SDS, ["a"], [large])
+
+
+@both_methods
+async def test_X8_nothing_is_served_before_the_world_is_complete(method: str) -> None:
+    """An empty world would remove what is in use (istio#25495)."""
+    world = World()
+    world.port = await world.server.start("127.0.0.1:0")
+    async with world.delta(method=method) as proxy:
+        status, _ = await proxy.expect_end()
+        assert status is grpc.StatusCode.UNAVAILABLE
+    world.server.ready()
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [], {})
+    await world.server.stop()
+
+
+async def test_X9_connections_end_after_a_long_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that proxies spread over replicas again; a proxy that comes back is sent nothing that it has."""
+    ages = (("grpc.max_connection_age_ms", 100), ("grpc.max_connection_age_grace_ms", 100))
+    options = [(name, value) for name, value in server.OPTIONS if name not in dict(ages)]
+    assert len(options) == len(server.OPTIONS) - len(ages)
+    monkeypatch.setattr(server, "OPTIONS", (*options, *ages))
+    replica = World()
+    replica.port = await replica.server.start("127.0.0.1:0")
+    replica.server.ready()
+    replica.set(CDS, {"a": 1})
+    async with replica.delta() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        await proxy.expect_end()
+    async with replica.delta() as proxy:
+        await proxy.request(CDS, has=[resource(CDS, "a")])
+        await proxy.expect(CDS, {})
+    await replica.server.stop()
+
+
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_X10_stop_ends_the_streams_and_does_not_wait_for_them(world: World, variant: str) -> None:
+    async with getattr(world, variant)() as proxy:
+        await proxy.subscribe(CDS, [], {})
+        async with asyncio.timeout(TIMEOUT):
+            await world.server.stop()
+        assert await proxy.expect_end() == (grpc.StatusCode.UNAVAILABLE, "stopping")
+    assert world.server.proxies() == []
+
+
+async def test_X11_source_decides_who_is_served(world: World) -> None:
+    async with world.delta(node_id="unwanted guest") as proxy:
+        await proxy.request(CDS)
+        assert await proxy.expect_end() == (grpc.StatusCode.PERMISSION_DENIED, "not wanted here")
+    assert world.server.proxies() == []
+
+
+async def test_X12_status_tells_what_each_proxy_was_sent_and_refused(world: World) -> None:
+    changes = []
+    world.server.on_change = lambda: changes.append(world.server.proxies())
+    world.publish(resource(CDS, "a"), resource(CDS, "b"))
+
+    def clusters() -> State:
+        (status,) = world.server.proxies()
+        return status.types[CDS].state
+
+    async with world.delta("sidecar-1") as proxy:
+        await proxy.request(CDS)
+        answer = await proxy.expect(CDS, {"a": 1, "b": 1})
+        assert clusters() is State.STALE
+        await proxy.ack(answer)
+        await proxy.expect_nothing()
+        assert clusters() is State.SYNCED
+        world.publish(resource(CDS, "a", 2), resource(CDS, "b"))
+        await proxy.nack(await proxy.expect(CDS, {"a": 2}), "x" * 5000)
+        await proxy.expect_nothing()
+        (status,) = world.server.proxies()
+        assert (status.node_id, status.group, status.delta, status.state) == (
+            "sidecar-1",
+            "mesh",
+            True,
+            State.NACK,
+        )
+        error = status.types[CDS].error
+        assert error is not None
+        assert (error.names, error.detail, status.types[CDS].refused) == (("a",), "x" * 1024, ("a",))
+        (refusal,) = world.server.refusals()
+        assert (refusal.type_url, refusal.name, refusal.node_id) == (CDS, "a", "sidecar-1")
+        assert world.server.groups() == ["mesh"]
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1, "b": 1})
+    assert changes
+
+
+async def test_X13_ack_of_one_proxy_is_not_that_of_another(world: World) -> None:
+    world.set(CDS, {"a": 1})
+    async with world.delta("one") as one, world.delta("other") as other:
+        await one.subscribe(CDS, [], {"a": 1})
+        await other.request(CDS)
+        await other.expect(CDS, {"a": 1})
+        await one.expect_nothing()
+        assert [proxy.types[CDS].state for proxy in world.server.proxies()] == [State.SYNCED, State.STALE]
+
+
+async def test_groups_are_apart(world: World) -> None:
+    """One sees nothing of the other, and its quarantine does not reach there."""
+    world.set(CDS, {"a": 1}, group="one")
+    world.set(CDS, {"a": 1, "b": 1}, group="other")
+    async with world.delta(cluster="one") as one, world.delta(cluster="other") as other:
+        await one.request(CDS)
+        await one.nack(await one.expect(CDS, {"a": 1}))
+        await one.expect_nothing()
+        await other.subscribe(CDS, [], {"a": 1, "b": 1})
+        assert [refusal.group for refusal in world.server.refusals()] == ["one"]
+
+
+async def test_group_without_proxies_is_asked_for_again_and_can_be_forgotten(world: World) -> None:
+    world.set(CDS, {"a": 1})
+    async with world.delta() as proxy:
+        await proxy.request(CDS)
+        await proxy.nack(await proxy.expect(CDS, {"a": 1}))
+        await proxy.expect_nothing()
+        world.server.forget("mesh")
+        assert len(world.server.refusals()) == 1
+    await eventually(lambda: not world.server.groups())
+    world.snapshots["mesh"] = Snapshot(resources(CDS, {"a": 1, "b": 1}))
+    async with world.delta() as proxy:
+        await proxy.request(CDS)
+        await proxy.ack(await proxy.expect(CDS, {"b": 1}))
+    await eventually(lambda: not world.server.groups())
+    world.server.forget("mesh")
+    assert world.server.refusals() == []
+
+
+async def test_port_is_not_shared(world: World) -> None:
+    """Two servers on one port would each get some of the proxies, without a word."""
+    with pytest.raises(RuntimeError):
+        await ManagementServer(world, identifier="second").start(f"127.0.0.1:{world.port}")
+
+
+# Hostile and broken clients. In each case a good proxy beside them goes on.
+
+
+async def goes_on(world: World, proxy: Proxy, content: int) -> None:
+    world.set(CDS, {"a": content})
+    await proxy.expect(CDS, {"a": content})
+
+
+@both_methods
+async def test_garbage_ends_its_stream_only(world: World, method: str) -> None:
+    async with world.delta() as good:
+        await good.request(CDS)
+        await good.expect(CDS, {})
+        for number, garbage in enumerate([b"\xff\xff\xff", b"\x0a\x7f", os.urandom(64) + b"\x0a\xff", b""]):
+            async with world.delta(method=method) as bad:
+                await bad.call.write(garbage)
+                status, _ = await bad.expect_end()
+                assert status is grpc.StatusCode.INVALID_ARGUMENT
+            await goes_on(world, good, number + 1)
+
+
+@both_methods
+async def test_wrong_nonces_and_unasked_answers_are_ignored(world: World, method: str) -> None:
+    world.set(CDS, {"a": 1})
+    delta = "Delta" in method
+    async with world.delta() if delta else world.sotw() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        for nonce in ("", "0", "ffff", "x" * 1000):
+            for error in (None, "nothing was wrong"):
+                await proxy.request(CDS, nonce=nonce or "-", error=error)
+                await proxy.request(EDS, ["a"], nonce=nonce or "-", error=error)
+        if delta:
+            for _ in range(8):
+                await proxy.expect(EDS, {}, removed=["a"])
+        await proxy.expect_nothing()
+        assert world.server.refusals() == []
+        await goes_on(world, proxy, 2)
+
+
+async def test_made_up_types_are_limited(world: World) -> None:
+    async with world.delta() as proxy:
+        for number in range(MAX_TYPES + 1):
+            await proxy.request(f"type.googleapis.com/made.up.{number}", ["*"])
+        assert (await proxy.expect_end())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_X7_client_that_never_reads_delays_nobody(world: World) -> None:
+    """It holds one message; what changes meanwhile is not queued, and when it reads it gets the newest."""
+    block = {"secret": {"inline_bytes": bytes(1_000_000)}}
+    async with world.delta("deaf") as deaf, world.delta("good") as good:
+        for proxy in (deaf, good):
+            await proxy.request(SDS, ["*"])
+        await good.expect(SDS, [])
+        for number in range(50):
+            published = Resource.of(protos.Secret(name=f"s{number}", generic_secret=block))
+            world.publish(published)
+            answer = await good.receive()
+            assert published.version in answer.versions.values()
+            await good.ack(answer)
+        received = 0
+        versions: dict[str, str] = {}
+        while published.name not in versions:
+            versions |= (await deaf.receive()).versions
+            received += 1
+        assert received < 50
+
+
+async def test_killed_client_leaves_nothing_behind(world: World) -> None:
+    async with world.delta("good") as good:
+        await good.request(CDS)
+        await good.expect(CDS, {})
+        for _ in range(20):
+            async with world.delta("killed") as killed:
+                await killed.request(CDS)
+                await killed.receive()
+        await goes_on(world, good, 1)
+        await eventually(lambda: len(world.server.proxies()) == 1)
+
+
+class DyingCall:
+    """A call whose client closed its side, and does not read: a write to it never ends."""
+
+    def __init__(self) -> None:
+        request = protos.DeltaDiscoveryRequest(type_url=CDS, node={"id": "dying", "cluster": "mesh"})
+        self.requests: list[object] = [request.SerializeToString()]
+        self.writing = asyncio.Event()
+
+    def peer(self) -> str:
+        return "peer"
+
+    async def read(self) -> object:
+        if not self.requests:
+            await self.writing.wait()
+        return self.requests.pop() if self.requests else grpc.aio.EOF
+
+    async def write(self, _: bytes) -> None:
+        self.writing.set()
+        await asyncio.Event().wait()
+
+
+async def test_handler_cancelled_while_it_ends_leaves_nothing_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is found dead while its stream is being ended anyway; gRPC cancels the handler then."""
+    monkeypatch.setattr(server, "WRITE_GRACE", TIMEOUT)
+    call: Any = DyingCall()
+    connection = server._Connection(world.server, call, "", delta=True)
+    handler = asyncio.create_task(connection.run())
+    await eventually(lambda: connection._ending)
+    assert [proxy.node_id for proxy in world.server.proxies()] == ["dying"]
+    handler.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await handler
+    assert world.server.proxies() == []
+    assert world.server.groups() == []
+
+
+async def test_write_that_never_ends_does_not_keep_a_stream(world: World) -> None:
+    call: Any = DyingCall()
+    async with asyncio.timeout(TIMEOUT):
+        await server._Connection(world.server, call, "", delta=True).run()
+    assert world.server.proxies() == []
+
+
+async def test_running_write_is_not_cancelled_when_a_stream_ends(world: World) -> None:
+    """Otherwise gRPC sends the initial metadata twice, and the client never learns of the end."""
+    outcomes = []
+
+    class SlowCall(DyingCall):
+        async def write(self, _: bytes) -> None:
+            self.writing.set()
+            try:
+                await eventually(lambda: connection._ending)
+                await asyncio.sleep(0)
+                outcomes.append("written")
+            except asyncio.CancelledError:
+                outcomes.append("cancelled")
+                raise
+
+    call: Any = SlowCall()
+    connection = server._Connection(world.server, call, "", delta=True)
+    await connection.run()
+    assert outcomes == ["written"]
+
+
+async def test_status_does_not_touch_the_call(world: World) -> None:
+    """Of a client that was just killed, gRPC's call is no longer safe to ask: peer() crashes the process."""
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [], {})
+        (connection,) = world.server._connections
+        call, connection._context = connection._context, None
+        assert world.server.proxies()[0].peer.startswith("ipv4:127.0.0.1:")
+        connection._context = call
+
+
+async def test_client_that_closes_its_side_is_let_go(world: World) -> None:
+    async with world.delta() as proxy:
+        await proxy.request(CDS)
+        await proxy.expect(CDS, {})
+        await proxy.call.done_writing()
+        assert (await proxy.expect_end())[0] is grpc.StatusCode.OK
+
+
+async def test_X7_latest_of_many_changes_wins(world: World) -> None:
+    """Changes that come faster than the transport takes them are not sent one by one."""
+    async with world.delta() as proxy:
+        await proxy.subscribe(LDS, [], {})
+        for content in range(100):
+            world.set(LDS, {"a": content})
+        await proxy.ack(await proxy.expect(LDS, {"a": 99}))
+        await proxy.expect_nothing()
+
+
+async def test_many_proxies_get_one_change(world: World) -> None:
+    world.publish(*resources(CDS, {f"c{number}": 1 for number in range(100)}), resource(RDS, "a"))
+    async with asyncio.timeout(TIMEOUT):
+        async with asyncio.TaskGroup() as group:
+            arrived = asyncio.Barrier(51)
+
+            async def watch(number: int) -> None:
+                async with (
+                    world.delta(f"proxy-{number}") if number % 2 else world.sotw(f"proxy-{number}") as proxy
+                ):
+                    await proxy.request(CDS)
+                    await proxy.ack(await proxy.receive())
+                    await arrived.wait()
+                    assert resource(CDS, "c7", 2).version in (await proxy.receive()).versions.values()
+
+            for number in range(50):
+                group.create_task(watch(number))
+            await arrived.wait()
+            world.set(CDS, {f"c{number}": 1 + (number == 7) for number in range(100)})

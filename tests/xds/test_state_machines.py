@@ -1,0 +1,507 @@
+"""The state machines by themselves: no server, no time. Whatever happens, every proxy ends at its best."""
+# ruff: noqa: N802 - the numbers in the names are those of the list of checks
+
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.xds.client import resource
+from xds import protos
+from xds.delta import PARTS, DeltaSubscription
+from xds.group import Group, Response
+from xds.resources import CDS, EDS, LDS, RDS, SDS, Resource
+from xds.snapshot import Snapshot
+from xds.sotw import SotwSubscription
+from xds.stream import PATIENCE, Stream
+from xds.subscription import MAX_NAMES, MAX_PENDING, TooManyNamesError
+
+BAD = 9
+"""Content that the simulated proxies refuse."""
+TYPES = (CDS, EDS, LDS, RDS, SDS)
+NAMED = (EDS, RDS, SDS)
+LOOP = 500
+"""Responses of which no history here needs so many."""
+BAD_VERSIONS = {resource(type_url, name, BAD).version for type_url in TYPES for name in "abcd"}
+
+
+def group_of(*published: Resource) -> Group:
+    return Group("group", Snapshot(published), identifier="test", numbers=count(1))
+
+
+def world_of(contents: dict[tuple[str, str], int]) -> Snapshot:
+    return Snapshot(resource(type_url, name, content) for (type_url, name), content in contents.items())
+
+
+class DeltaProxy:
+    """A simulated client of the incremental variant: as Envoy, it drops a response with any bad member."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.has: dict[str, dict[str, str]] = {type_url: {} for type_url in TYPES}
+        self.names: dict[str, set[str]] = {EDS: set(), RDS: set(), SDS: set()}
+        self.received: list[tuple[str, Response, Any]] = []
+        self.now = 0.0
+        self.connect()
+
+    def connect(self) -> None:
+        self.received.clear()
+        self.stream = Stream(self.group, "proxy", DeltaSubscription)
+        for type_url in TYPES:
+            self.stream.subscription(type_url).request(
+                subscribe=sorted(self.names.get(type_url, ())), initial_versions=self.has[type_url]
+            )
+
+    def subscribe(self, type_url: str, name: str) -> None:
+        self.names[type_url].add(name)
+        self.stream.subscription(type_url).request(subscribe=[name])
+
+    def unsubscribe(self, type_url: str, name: str) -> None:
+        self.names[type_url].discard(name)
+        self.has[type_url].pop(name, None)
+        self.stream.subscription(type_url).request(unsubscribe=[name])
+
+    def read(self) -> bool:
+        """Take the next response, without answering it."""
+        assert len(self.received) < LOOP, "a loop"
+        response = self.stream.next_response(self.now)
+        if response is None:
+            return False
+        message = protos.DeltaDiscoveryResponse.FromString(response.data)
+        self.received.append((message.type_url, response, message))
+        return True
+
+    def answer(self) -> None:
+        """ACK or NACK the oldest response, if there is any."""
+        if not self.received:
+            return
+        type_url, response, message = self.received.pop(0)
+        versions = {r.name: r.version for r in message.resources if self.wants(type_url, r.name)}
+        error = None
+        if BAD_VERSIONS.isdisjoint(r.version for r in message.resources):
+            self.has[type_url].update(versions)
+            for name in message.removed_resources:
+                self.has[type_url].pop(name, None)
+        else:
+            error = "bad"
+        self.stream.subscription(type_url).request(nonce=response.nonce, error=error)
+
+    def exchange(self) -> None:
+        """Take and answer all that is there now."""
+        while self.read():
+            pass
+        while self.received:
+            self.answer()
+
+    def wait(self) -> None:
+        """Let some time pass."""
+        self.now += PATIENCE / 2
+
+    def reconnect(self) -> None:
+        """Lose the stream, and open another."""
+        self.connect()
+
+    def wants(self, type_url: str, name: str) -> bool:
+        """Whether it subscribed to this."""
+        return type_url not in self.names or name in self.names[type_url]
+
+
+class SotwProxy(DeltaProxy):
+    """A simulated client of the state-of-the-world variant."""
+
+    stream: Any
+
+    def connect(self) -> None:
+        self.received.clear()
+        self.nonces = dict.fromkeys(TYPES, "")
+        self.stream = Stream(self.group, "proxy", SotwSubscription)
+        for type_url in TYPES:
+            self._request(type_url)
+
+    def reconnect(self) -> None:
+        """Do not: the server could not know what this client has (see `xds.sotw`)."""
+
+    def _request(self, type_url: str, error: str | None = None) -> None:
+        names = sorted(self.names.get(type_url, ()))
+        self.stream.subscription(type_url).request(names=names, nonce=self.nonces[type_url], error=error)
+
+    def subscribe(self, type_url: str, name: str) -> None:
+        self.names[type_url].add(name)
+        self._request(type_url)
+
+    def unsubscribe(self, type_url: str, name: str) -> None:
+        self.names[type_url].discard(name)
+        self.has[type_url].pop(name, None)
+        self._request(type_url)
+
+    def read(self) -> bool:
+        assert len(self.received) < LOOP, "a loop"
+        response = self.stream.next_response(self.now)
+        if response is None:
+            return False
+        message = protos.DiscoveryResponse.FromString(response.data)
+        self.received.append((message.type_url, response, message))
+        return True
+
+    def answer(self) -> None:
+        if not self.received:
+            return
+        type_url, response, message = self.received.pop(0)
+        self.nonces[type_url] = response.nonce
+        kind = {
+            CDS: protos.Cluster,
+            EDS: protos.ClusterLoadAssignment,
+            LDS: protos.Listener,
+            RDS: protos.RouteConfiguration,
+            SDS: protos.Secret,
+        }[type_url]
+        members = [Resource.of(kind.FromString(body.value)) for body in message.resources]
+        error = None
+        if BAD_VERSIONS.isdisjoint(r.version for r in members):
+            if type_url not in self.names:
+                self.has[type_url] = {}
+            self.has[type_url].update({r.name: r.version for r in members if self.wants(type_url, r.name)})
+        else:
+            error = "bad"
+        self._request(type_url, error=error)
+
+
+def settle(proxy: DeltaProxy) -> int:
+    """Answer everything, and let all deadlines pass; return the number of responses that it took."""
+    responses = 0
+    for _ in range(4):
+        while proxy.read() or proxy.received:
+            responses += 1
+            assert responses < LOOP, "a loop"
+            proxy.answer()
+        proxy.now += 3 * PATIENCE + 1
+    return responses
+
+
+Step = tuple[Any, ...]
+contents = st.dictionaries(
+    st.tuples(st.sampled_from(TYPES), st.sampled_from("abcd")), st.sampled_from([1, 2, BAD]), max_size=12
+)
+which = st.sampled_from([0, 1, 2])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("publish"), contents),
+        st.tuples(
+            st.sampled_from(["subscribe", "unsubscribe"]),
+            which,
+            st.sampled_from(NAMED),
+            st.sampled_from("abcd"),
+        ),
+        st.tuples(st.sampled_from(["read", "answer", "exchange", "wait", "reconnect"]), which),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@settings(deadline=None)
+@given(steps=steps)
+def test_proxies_end_at_their_best(steps: list[Step]) -> None:
+    """After any history: what is good arrived, what is bad did not, and what is not wanted is gone."""
+    group = group_of()
+    proxies = [DeltaProxy(group), DeltaProxy(group), SotwProxy(group)]
+    last: dict[tuple[str, str], int] = {}
+    for step, *arguments in steps:
+        if step == "publish":
+            (last,) = arguments
+            group.publish(world_of(last))
+        else:
+            number, *rest = arguments
+            getattr(proxies[number], step)(*rest)
+    for proxy in 2 * proxies:
+        settle(proxy)
+    for proxy in proxies:
+        for type_url in TYPES:
+            check(
+                proxy, type_url, {name: content for (kind, name), content in last.items() if kind == type_url}
+            )
+
+
+def check(proxy: DeltaProxy, type_url: str, contents: dict[str, int]) -> None:
+    """Compare what a proxy has of a type with what there is."""
+    wanted = {name: content for name, content in contents.items() if proxy.wants(type_url, name)}
+    has = proxy.has[type_url]
+    good = {
+        name: resource(type_url, name, content).version for name, content in wanted.items() if content != BAD
+    }
+    assert {name: has.get(name) for name in good} == good
+    assert BAD_VERSIONS.isdisjoint(has.values())
+    if type_url in (CDS, LDS) or not isinstance(proxy, SotwProxy):
+        # What was refused may still refer to what vanished.
+        refused = any(proxy.stream.subscription(other).refused for other in TYPES)
+        assert refused or has.keys() <= wanted.keys()
+    if not proxy.group.refusals:
+        assert not proxy.stream.subscription(type_url).pending
+        assert not proxy.stream.subscription(type_url).failing
+
+
+@pytest.fixture
+def delta() -> DeltaProxy:
+    """Connect a proxy and give it a listener, a route, a cluster and a secret."""
+    proxy = DeltaProxy(
+        group_of(resource(CDS, "a"), resource(LDS, "a"), resource(RDS, "a"), resource(SDS, "a"))
+    )
+    proxy.subscribe(RDS, "a")
+    proxy.subscribe(SDS, "a")
+    settle(proxy)
+    return proxy
+
+
+def publish(proxy: DeltaProxy, *published: Resource) -> None:
+    proxy.group.publish(Snapshot(published))
+
+
+def read_all(proxy: DeltaProxy) -> list[tuple[str, list[str], list[str]]]:
+    """Return what is sent now: (type, names, removed names) of each response."""
+    while proxy.read():
+        pass
+    return [
+        (
+            type_url,
+            sorted(name for name, r in response.changes.items() if r),
+            [n for n, r in response.changes.items() if not r],
+        )
+        for type_url, response, _ in proxy.received
+    ]
+
+
+def answer_all(proxy: DeltaProxy) -> None:
+    while proxy.received:
+        proxy.answer()
+
+
+def test_X2_cluster_is_swapped_in_four_steps(delta: DeltaProxy) -> None:
+    """New cluster, ACK, routes, ACK, old cluster out, ACK, its secret out."""
+    publish(delta, resource(CDS, "b"), resource(LDS, "a", 2), resource(RDS, "a", 2))
+    assert read_all(delta) == [(CDS, ["b"], [])]
+    answer_all(delta)
+    assert read_all(delta) == [(LDS, ["a"], []), (RDS, ["a"], [])]
+    answer_all(delta)
+    assert read_all(delta) == [(CDS, [], ["a"])]
+    answer_all(delta)
+    assert read_all(delta) == [(SDS, [], ["a"])]
+    answer_all(delta)
+    assert read_all(delta) == []
+
+
+def test_X2_each_step_waits_only_so_long(delta: DeltaProxy) -> None:
+    """A cluster that never gets warm delays others once; a proxy that never answers, nothing for ever."""
+    start = delta.now
+    publish(delta, resource(CDS, "b"), resource(LDS, "a"), resource(RDS, "a", 2))
+    assert read_all(delta) == [(CDS, ["b"], [])]
+    assert delta.stream.wake_at(delta.now) == start + PATIENCE
+    delta.now = start + PATIENCE
+    assert read_all(delta)[1:] == [(RDS, ["a"], [])]
+    delta.now = start + 2 * PATIENCE
+    assert read_all(delta)[2:] == [(CDS, [], ["a"])]
+    delta.now = start + 3 * PATIENCE
+    assert read_all(delta)[3:] == [(SDS, [], ["a"])]
+    assert delta.stream.wake_at(delta.now) is None
+
+
+def test_X2_changes_that_add_no_cluster_wait_for_nothing(delta: DeltaProxy) -> None:
+    publish(delta, resource(CDS, "a", 2), resource(LDS, "a", 2), resource(RDS, "a", 2), resource(SDS, "a", 2))
+    assert [sent[0] for sent in read_all(delta)] == [CDS, LDS, RDS, SDS]
+
+
+def test_X2_unanswered_cluster_delays_later_changes_no_more(delta: DeltaProxy) -> None:
+    """One provider whose DNS never answers: after its time is over, other changes pass."""
+    secret = resource(SDS, "a")
+    publish(delta, resource(CDS, "a"), resource(CDS, "b"), resource(LDS, "a"), resource(RDS, "a", 2), secret)
+    read_all(delta)
+    delta.now += PATIENCE
+    assert read_all(delta)[1:] == [(RDS, ["a"], [])]
+    publish(delta, resource(CDS, "a"), resource(CDS, "b"), resource(LDS, "a"), resource(RDS, "a", 3), secret)
+    assert read_all(delta)[2:] == [(RDS, ["a"], [])]
+
+
+def test_X2_what_a_refused_route_may_need_is_not_removed(delta: DeltaProxy) -> None:
+    """The proxy keeps its old route, so it keeps the old cluster, however long that takes."""
+    publish(delta, resource(LDS, "a"), resource(RDS, "a", BAD))
+    settle(delta)
+    assert delta.has[CDS].keys() == {"a"}
+    publish(delta, resource(LDS, "a"), resource(RDS, "a", 2))
+    settle(delta)
+    assert delta.has[CDS].keys() == set()
+
+
+def test_X2_what_a_proxy_asks_for_and_lacks_is_answered_at_once(delta: DeltaProxy) -> None:
+    """A new cluster may itself wait for it."""
+    publish(delta, resource(CDS, "b"), resource(LDS, "a"), resource(RDS, "b"), resource(SDS, "b"))
+    read_all(delta)
+    delta.subscribe(RDS, "b")
+    delta.subscribe(SDS, "b")
+    assert read_all(delta)[1:] == [(RDS, ["b"], []), (SDS, ["b"], [])]
+
+
+def test_large_refused_response_is_searched_in_few(delta: DeltaProxy) -> None:
+    """One bad cluster among 3,000: parts of a sixteenth, three times."""
+    clusters = [resource(CDS, f"c{number}") for number in range(3000)]
+    publish(delta, *clusters, resource(CDS, "b", BAD))
+    responses = settle(delta)
+    assert len(delta.has[CDS]) == 3000
+    assert responses < 4 * PARTS
+
+
+def test_version_that_others_accepted_is_not_in_quarantine() -> None:
+    """A proxy that refuses what others accept is alone with it: an Envoy of another version, say."""
+    group = group_of(resource(CDS, "a"))
+    content, odd, late = DeltaProxy(group), DeltaProxy(group), DeltaProxy(group)
+    for proxy in (content, odd):
+        settle(proxy)
+    group.publish(Snapshot([resource(CDS, "a", 2)]))
+    settle(content)
+    odd.read()
+    type_url, response, _ = odd.received.pop()
+    odd.stream.subscription(type_url).request(nonce=response.nonce, error="not for me")
+    assert not group.refusals
+    settle(odd)
+    settle(late)
+    assert odd.has[CDS] == {"a": resource(CDS, "a", 1).version}
+    assert content.has == late.has
+
+
+def test_quarantine_ends_when_a_proxy_accepts() -> None:
+    """The first to answer may be the odd one: its refusal counts only until another accepts."""
+    group = group_of(resource(CDS, "a"))
+    content, odd = DeltaProxy(group), DeltaProxy(group)
+    for proxy in (content, odd):
+        settle(proxy)
+    group.publish(Snapshot([resource(CDS, "a", 2)]))
+    content.read()
+    odd.read()
+    type_url, response, _ = odd.received.pop()
+    odd.stream.subscription(type_url).request(nonce=response.nonce, error="not for me")
+    assert [refusal.name for refusal in group.refusals.values()] == ["a"]
+    settle(content)
+    assert not group.refusals
+    settle(odd)
+    assert content.has[CDS] == {"a": resource(CDS, "a", 2).version}
+    assert odd.has[CDS] == {"a": resource(CDS, "a", 1).version}
+
+
+def test_quarantine_survives_the_proxy_that_caused_it() -> None:
+    """Newcomers get the version that was accepted last, also when nobody is connected any more."""
+    group = group_of(resource(CDS, "a"))
+    settle(DeltaProxy(group))
+    group.publish(Snapshot([resource(CDS, "a", BAD)]))
+    settle(DeltaProxy(group))
+    newcomer = DeltaProxy(group)
+    assert settle(newcomer) == sum(1 for _ in TYPES if _ in (CDS, LDS))
+    assert newcomer.has[CDS] == {"a": resource(CDS, "a", 1).version}
+
+
+def test_refused_version_after_a_restart_keeps_what_proxies_have() -> None:
+    """The new server never saw the good version; who has it keeps it, newcomers do without."""
+    group = group_of(resource(CDS, "a", BAD), resource(CDS, "b"))
+    proxy = DeltaProxy(group)
+    proxy.has[CDS] = {"a": resource(CDS, "a", 1).version, "b": resource(CDS, "b").version}
+    proxy.connect()
+    settle(proxy)
+    assert proxy.has[CDS]["a"] == resource(CDS, "a", 1).version
+    proxy.connect()
+    newcomer = DeltaProxy(group)
+    for each in (proxy, newcomer):
+        settle(each)
+    assert proxy.has[CDS]["a"] == resource(CDS, "a", 1).version
+    assert newcomer.has[CDS].keys() == {"b"}
+
+
+@pytest.mark.parametrize("placeholder", [True, False])
+def test_held_resource_is_left_alone(placeholder: bool) -> None:
+    """It is known to exist and its content is not: any version stays, who has none gets the placeholder."""
+    held = resource(SDS, "a", 7, held=True) if placeholder else Resource.unknown(SDS, "a")
+    group = group_of(held)
+    owner, newcomer = DeltaProxy(group), DeltaProxy(group)
+    owner.names[SDS], owner.has[SDS] = {"a"}, {"a": "any version"}
+    owner.connect()
+    newcomer.subscribe(SDS, "a")
+    for proxy in (owner, newcomer):
+        settle(proxy)
+    assert owner.has[SDS] == {"a": "any version"}
+    assert newcomer.has[SDS] == ({"a": held.version} if placeholder else {})
+    group.publish(Snapshot([resource(SDS, "a", 1)]))
+    for proxy in (owner, newcomer):
+        settle(proxy)
+        assert proxy.has[SDS] == {"a": resource(SDS, "a", 1).version}
+
+
+def test_resource_that_becomes_held_stays(delta: DeltaProxy) -> None:
+    publish(delta, resource(CDS, "a"), resource(LDS, "a"), resource(RDS, "a"), Resource.unknown(SDS, "a"))
+    assert read_all(delta) == []
+
+
+def test_same_step_is_the_same_bytes_for_all() -> None:
+    """It is encoded once: the first load, a change under the wildcard, a change of what is named."""
+    group = group_of(resource(CDS, "a"), resource(RDS, "a"))
+    proxies = [DeltaProxy(group) for _ in range(3)] + [SotwProxy(group) for _ in range(3)]
+    for content in (1, 2, 3):
+        group.publish(Snapshot([resource(CDS, "a", content), resource(RDS, "a", content)]))
+        for proxy in proxies:
+            proxy.subscribe(RDS, "a") if content == 1 else None
+            while proxy.read():
+                pass
+        for same in (proxies[:3], proxies[3:]):
+            sent = [
+                [id(response.data) for type_url, response, _ in p.received if type_url in (CDS, RDS)]
+                for p in same
+            ]
+            assert len(sent[0]) == 2
+            assert sent[0] == sent[1] == sent[2]
+        for proxy in proxies:
+            answer_all(proxy)
+
+
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_client_that_never_answers_is_remembered_in_bounded_space(variant: type[DeltaProxy]) -> None:
+    group = group_of(resource(CDS, "a"))
+    proxy = variant(group)
+    for content in range(100, 100 + 3 * MAX_PENDING):
+        group.publish(Snapshot([resource(CDS, "a", content)]))
+        proxy.read()
+    assert len(proxy.stream.subscription(CDS).pending) == MAX_PENDING
+    settle(proxy)
+    assert proxy.has[CDS] == {"a": resource(CDS, "a", content).version}
+
+
+def test_number_of_names_is_limited(delta: DeltaProxy) -> None:
+    with pytest.raises(TooManyNamesError):
+        delta.stream.subscription(RDS).request(subscribe=[str(number) for number in range(MAX_NAMES + 1)])
+
+
+def test_X2_full_sets_swap_a_cluster_in_steps_too() -> None:
+    """In state of the world, the old cluster is in the set until the routes are accepted."""
+    proxy = SotwProxy(group_of(resource(CDS, "a"), resource(LDS, "a"), resource(RDS, "a")))
+    proxy.subscribe(RDS, "a")
+    settle(proxy)
+    publish(proxy, resource(CDS, "b"), resource(LDS, "a"), resource(RDS, "a", 2))
+    assert read_all(proxy) == [(CDS, ["b"], [])]
+    answer_all(proxy)
+    assert proxy.has[CDS].keys() == {"a", "b"}
+    assert read_all(proxy) == [(RDS, ["a"], [])]
+    answer_all(proxy)
+    assert read_all(proxy) == [(CDS, [], ["a"])]
+    answer_all(proxy)
+    assert proxy.has[CDS].keys() == {"b"}
+
+
+def test_full_set_with_unknown_content_is_not_sent_over_what_a_proxy_has() -> None:
+    """A set without it would remove it. A proxy that has nothing gets the set without it."""
+    group = group_of(resource(CDS, "a"), Resource.unknown(CDS, "b"))
+    owner = Stream(group, "owner", SotwSubscription)
+    owner.subscription(CDS).request(version="from an earlier stream")
+    assert owner.next_response(0) is None
+    newcomer = SotwProxy(group)
+    settle(newcomer)
+    assert newcomer.has[CDS].keys() == {"a"}
+    group.publish(Snapshot(resource(CDS, name) for name in "ab"))
+    response = owner.next_response(0)
+    assert response is not None
+    assert response.changes.keys() == {"a", "b"}
