@@ -246,7 +246,10 @@ class _Composer:
         text = self._chunk.text
         if bad := Reader.NON_PRINTABLE.search(text):
             line, column = text.count("\n", 0, bad.start()), bad.start() - text.rfind("\n", 0, bad.start())
-            raise self._fatal(line, f"is not valid YAML: it holds U+{ord(bad[0]):04X}", column)
+            # Bytes that are no UTF-8 come as lone surrogates (Python's "surrogateescape").
+            is_byte = "\udc80" <= bad[0] <= "\udcff"
+            why = "is not UTF-8" if is_byte else f"is not valid YAML: it holds U+{ord(bad[0]):04X}"
+            raise self._fatal(line, why, column)
         if text.lstrip().startswith(("{", "[")):
             text = _SURROGATES.sub(_character, text)
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):

@@ -14,7 +14,7 @@ class MeshConfig(Model):
 
     root_namespace: Namespace = "istio-system"
     """Namespace whose objects reach all workloads."""
-    proxy_http_port: Annotated[int, Field(ge=0, le=65535)] = 15080
+    proxy_http_port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 15080
     """Port of the sidecars' HTTP proxy listener; 0 for none."""
     connect_timeout: Duration = timedelta(seconds=10)
     """How long a connection to a provider may take, its TLS handshake included."""

@@ -735,7 +735,7 @@ def _parse_address(_: click.Context, __: click.Parameter, value: Any) -> Any:
     return host, int(port)
 
 
-@click.command()
+@click.command(short_help="Play LLM providers, for tests and the demo.")
 @click.option(
     "--listen",
     metavar="ADDRESS:PORT",

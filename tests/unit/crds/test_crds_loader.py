@@ -555,3 +555,8 @@ spec:
     before = load(text, "f.yaml", {})
     assert load(text, "f.yaml", {}, before).problems == before.problems
     assert before.problems
+
+
+def test_bytes_that_are_no_utf8_are_told_as_such() -> None:
+    text = b"kind: LLMRoute\nmetadata: {name: \xff}".decode(errors="surrogateescape")
+    assert [str(problem) for problem in load(text, "f.yaml", {}).problems] == ["f.yaml:2:18: is not UTF-8"]
