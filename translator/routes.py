@@ -48,8 +48,8 @@ NOT_FORWARDED = (
     "x-request-id",
 )
 """Request headers that never leave towards a provider (design decision 10); the connection manager takes
-those away that begin with ``x-envoy-`` or ``x-forwarded-``, Envoy itself what is hop by hop, and the Lua script
-what an attempt added."""
+those away that begin with ``x-envoy-`` or ``x-forwarded-``, Envoy itself what is hop by hop, and the Lua
+script what an attempt added."""
 
 
 @dataclass(frozen=True, slots=True)
