@@ -1,6 +1,7 @@
 """The wiring: source -> world -> translator -> snapshot -> management server, and status back."""
 
 import asyncio
+import gc
 import os
 import socket
 import time
@@ -85,6 +86,9 @@ class ControlPlane:
             async for state in self._source.states(stop):
                 self._take(state)
                 if self._revision == 1:
+                    # The objects stay: going through thousands of them at each collection would delay changes.
+                    gc.collect()
+                    gc.freeze()
                     self.server.ready()
                     xds_address = xds_address._replace(port=port)
                     _LOG.info("serving", xds=str(xds_address), admin=str(admin_address))

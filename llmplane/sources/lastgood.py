@@ -115,7 +115,7 @@ class LastGood:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self._file.parent)  # mode 0600
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(records, stream)
+                stream.write(json.dumps(records))  # several times as fast as json.dump
             Path(temporary).replace(self._file)
         except OSError as error:
             _LOG.warning("last good versions cannot be kept", file=str(self._file), error=error.strerror)
