@@ -55,7 +55,6 @@ def _connection_manager(routes: str, mesh: MeshSettings) -> Message:
         # Host: HOST:PORT and HOST. are HOST, for routes and policies alike (asm-and-istio.md, finding 4).
         strip_any_host_port=True,
         strip_trailing_host_dot=True,
-        normalize_path={"value": True},
         skip_xff_append=True,
         server_header_transformation="PASS_THROUGH",
         early_header_mutation_extensions=[

@@ -454,8 +454,7 @@ end
 
 -- Header changes of an attempt are there in the next one; the client's path is kept in filter state, which no
 -- client can write. Returns it, and whether this is a later attempt.
-local function client_path(h, headers)
-  local state = h:streamInfo():filterState()
+local function client_path(state, headers)
   local kept = state:get("llm.path")
   if kept then return kept, true end
   local path = headers:get(":path") or ""
@@ -483,10 +482,13 @@ local function operation_of(plan, method, path)
   return found, allow
 end
 
+local MODEL_STATE = "wasm.asm.llmproxy.request_model" -- filter state that logs and metrics read
+
 local function handle(h)
   local plan = plan_of(h:filterContext())
   local headers = h:headers()
-  local target, again = client_path(h, headers)
+  local state = h:streamInfo():filterState()
+  local target, again = client_path(state, headers)
   local method = headers:get(":method")
   -- The injector of the attempt before has written its key here, and a provider without one would get it. What
   -- else must not leave, the listener and the routes remove once.
@@ -505,7 +507,7 @@ local function handle(h)
     if query then path = path .. (find(path, "?", 1, true) and "&" or "?") .. sub(target, query + 1) end
     headers:replace(":path", path)
     if again then -- an attempt before may have left a model, and the length of the body that it made
-      h:streamInfo():filterState():set("wasm.asm.llmproxy.request_model", "envoy.string", "")
+      state:set(MODEL_STATE, "envoy.string", "")
       if headers:get("content-length") then
         local body = h:body(true)
         body:setBytes(body:getBytes(0, body:length()))
@@ -525,7 +527,9 @@ local function handle(h)
   end
   if content_type ~= "application/json" then headers:replace("content-type", "application/json") end
 
-  local body = h:body(true) -- waits for the whole body; `headers` is dead from here on
+  local forced = operation.root.model.force and operation.root.model.name
+  if forced then state:set(MODEL_STATE, "envoy.string", forced) end
+  local body = h:body(true) -- waits for the whole body; `headers` and `state` are dead from here on
   local size = body:length()
   if size == 0 then return refuse(h, "400", "empty_body", "The request body is empty.") end
   local text = body:getBytes(0, size) -- held here while splice reads it through a pointer
@@ -534,8 +538,8 @@ local function handle(h)
     return refuse(h, "400", "invalid_json", "The request body cannot be used: " .. model .. ".")
   end
   body:setBytes(spliced) -- also when nothing changed: it sets content-length, which may be another attempt's
-  if model or again then
-    h:streamInfo():filterState():set("wasm.asm.llmproxy.request_model", "envoy.string", model or "")
+  if not forced and (model or again) then
+    h:streamInfo():filterState():set(MODEL_STATE, "envoy.string", model or "")
   end
 end
 
