@@ -1,12 +1,13 @@
-"""`python -m benchmarks [request|change|translate|size]... [--quick]`."""
+"""`python -m benchmarks [request|change|routes|translate|size]... [--quick]`."""
 
 import click
 
-from benchmarks import change, report, request, size, translate
+from benchmarks import change, report, request, routes, size, translate
 
 _BENCHMARKS = {
     "request": request.measure,
     "change": change.measure,
+    "routes": routes.measure,
     "translate": translate.measure,
     "size": size.measure,
 }

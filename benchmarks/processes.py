@@ -98,12 +98,18 @@ def as_static(resources: Sequence[Resource]) -> dict[str, list[Any]]:
     """Return the resources of a sidecar as `static_resources`, for the same Envoy without a control plane."""
     found: dict[str, list[Any]] = {CDS: [], LDS: [], RDS: [], SDS: []}
     for resource in resources:
-        found[resource.type_url].append(_without_ads(to_dict(message(resource))))
-    (listener,), (routes,) = found[LDS], found[RDS]
+        if resource.type_url in found:
+            found[resource.type_url].append(_without_ads(to_dict(message(resource))))
+    (listener,) = found[LDS]
     listener["address"]["socket_address"]["port_value"] = 0
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    del manager["rds"]
-    manager["route_config"] = routes | {"validate_clusters": False}  # as with RDS
+    for dynamic in ("rds", "scoped_routes"):
+        manager.pop(dynamic, None)
+    hosts = [host for routes in found[RDS] for host in routes["virtual_hosts"]]
+    manager["route_config"] = found[RDS][0] | {
+        "virtual_hosts": hosts,
+        "validate_clusters": False,
+    }  # as with RDS
     return {"clusters": found[CDS], "listeners": [listener], "secrets": found[SDS]}
 
 

@@ -22,7 +22,7 @@ from tests.support.envoy import running_envoy
 from translator import lua
 from translator.proxy import ProxyType
 from xds import protos
-from xds.resources import CDS, LDS, RDS, SDS, Resource
+from xds.resources import CDS, LDS, RDS, SDS, SRDS, Resource
 
 _DOMAIN = "example.com"
 _LOCAL_DOMAIN = "localhost"
@@ -43,7 +43,13 @@ def _wire(count: int) -> Table:
     one, many = _received(1), _received(count)
     bare = len(Resource.of(_bare_cluster(f"provider-0000.{_DOMAIN}", _ROOTS)).delta_frame)
     rows: list[list[Any]] = []
-    for name, type_url in (("cluster", CDS), ("key", SDS), ("routes", RDS), ("listener", LDS)):
+    for name, type_url in (
+        ("cluster", CDS),
+        ("key", SDS),
+        ("routes", RDS),
+        ("scopes", SRDS),
+        ("listener", LDS),
+    ):
         rows.append([name, (many[type_url] - one[type_url]) / (count - 1), many[type_url]])
     each = sum(float(row[1]) for row in rows)
     rows.append(["all", each, sum(many.values())])
@@ -69,7 +75,8 @@ def _received(count: int) -> Counter[str]:
             request_serializer=lambda request: request.SerializeToString(),
             response_deserializer=bytes,
         )(iter(requests.get, None))
-        for type_url, names in ((CDS, []), (LDS, []), (RDS, ["http_proxy"]), (SDS, _names(expected, SDS))):
+        wildcards = [(type_url, list[str]()) for type_url in (CDS, LDS, SRDS)]
+        for type_url, names in (*wildcards, *((named, _names(expected, named)) for named in (RDS, SDS))):
             requests.put(
                 protos.DeltaDiscoveryRequest(node=_node(), type_url=type_url, resource_names_subscribe=names)
             )

@@ -3,10 +3,11 @@
 Matches and precedence follow Istio's VirtualService (asm-and-istio.md 4.5); design decisions 9 to 13.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
 
@@ -16,6 +17,7 @@ from crds.meta import StringMatch
 from crds.problems import ObjectKey
 from translator.clusters import Destination
 from translator.hosts import domains
+from translator.memory import Memory
 from translator.proxy import Proxy
 from translator.world import MESH, MeshSettings, World
 from xds import protos
@@ -52,75 +54,151 @@ those away that begin with ``x-envoy-`` or ``x-forwarded-``, Envoy itself what i
 script what an attempt added."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HostRoutes:
+    """The virtual host of one LLMRoute or provider, and the destinations that it names."""
+
+    virtual_host: Message
+    names: tuple[str, ...]
+    """The domains of the virtual host."""
+    destinations: tuple[Destination, ...]
+    object: ObjectKey
+    place: int
+    """A hash of the host, 64 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class RouteTable:
-    """The routes of one proxy, and the destinations that they name (in order of first use)."""
+    """The routes of one proxy."""
 
-    routes: Message
-    """The route configuration."""
-    destinations: tuple[Destination, ...]
-    objects: tuple[ObjectKey, ...]
-    """The objects that the virtual hosts come from."""
+    name: str
+    hosts: tuple[HostRoutes, ...]
+    has_wildcards: bool
+    """Whether a host stands for many."""
+
+    @property
+    def routes(self) -> Message:
+        """All of it as one route configuration."""
+        return route_configuration(self.name, self.hosts)
+
+    @property
+    def destinations(self) -> tuple[Destination, ...]:
+        """What the routes lead to, in the order of first use."""
+        return tuple(dict.fromkeys(target for host in self.hosts for target in host.destinations))
 
 
-def route_table(world: World, proxy: Proxy, name: str) -> RouteTable:
+def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = None) -> RouteTable:
     """Make the routes of a proxy: a virtual host for each LLMRoute and each provider without one.
 
     A domain belongs to the first that claims it: two virtual hosts with one domain would make Envoy refuse
     the whole route configuration.
     """
+    memory = memory or Memory()
     providers = world.providers_for(proxy)
-    hosts: list[Message] = []
-    destinations: dict[Destination, None] = {}
+    hosts: list[HostRoutes] = []
     taken: set[str] = set()
-    objects: list[ObjectKey] = []
+    wildcards: list[str] = []
 
-    def claim(host: str, namespace: str) -> list[str]:
+    def claim(host: str, namespace: str) -> _Names:
         names = domains(host, namespace, proxy.namespace, world.mesh.cluster_domain)
-        free = [name for name in names if name not in taken]
+        free = tuple(name for name in names if name not in taken)
         taken.update(free)
-        return free
+        return _Names(free, names[-1].removesuffix(f".svc.{world.mesh.cluster_domain}"))
 
     for route in world.routes_for(proxy):
         names = claim(route.spec.host, route.namespace)
-        if not names:
+        if not names.free:
             continue
-        usable = {
-            host: provider for host, provider in providers.items() if provider.exported_to(route.namespace)
-        }
-        objects.append(route.key)
-        rules = list(_routes(route, usable, proxy, destinations))
-        hosts.append(_virtual_host(route.spec.host, names, rules, world.mesh))
+        if names.main.startswith("*"):
+            wildcards.append(names.main[1:])
+        hosts.append(_of_route(route, names, providers, proxy, world.mesh, memory=memory))
     # As in Istio, a route with a wildcard host comes before the providers below it.
-    routed = tuple(name[1:] for name in taken if name.startswith("*"))
+    routed = tuple(wildcards)
     for host, provider in sorted(providers.items()):
         if not provider.exported_to(proxy.namespace) or host.endswith(routed):
             continue
-        if names := claim(host, proxy.namespace):
-            objects.append(provider.key)
-            target = Destination.of(provider)
-            destinations[target] = None
-            action = {
-                "cluster": target.cluster_name,
-                **_timeouts(None),
-                "retry_policy": _retry_policy(None, []),
-            }
-            route_of_all = protos.Route(name="default", match={"prefix": "/"}, route=action)
-            hosts.append(_virtual_host(host, names, [route_of_all], world.mesh))
-    # On the route configuration and not on each host: bytes on the wire.
-    routes = protos.RouteConfiguration(
-        name=name, virtual_hosts=hosts, request_headers_to_remove=NOT_FORWARDED
-    )
-    return RouteTable(routes, tuple(destinations), tuple(objects))
+        names = claim(host, proxy.namespace)
+        if names.free:
+            hosts.append(_of_provider(provider, names, world.mesh, memory))
+    return RouteTable(name, tuple(hosts), bool(wildcards))
 
 
-def _virtual_host(name: str, names: Sequence[str], routes: Sequence[Message], mesh: MeshSettings) -> Message:
-    return protos.VirtualHost(
+def route_configuration(name: str, hosts: Iterable[HostRoutes]) -> Message:
+    """Make a route configuration of these hosts."""
+    # The headers are on the route configuration and not on each host: bytes on the wire.
+    return protos.RouteConfiguration(
         name=name,
-        domains=names,
+        virtual_hosts=[host.virtual_host for host in hosts],
+        request_headers_to_remove=NOT_FORWARDED,
+    )
+
+
+class _Names(NamedTuple):
+    """The names of a host."""
+
+    free: tuple[str, ...]
+    """Those that no other object has."""
+    main: str
+    """The one that is the same for all clients, whichever of them were free."""
+
+
+def _of_route(
+    route: LLMRoute,
+    names: _Names,
+    providers: Mapping[str, LLMProvider],
+    proxy: Proxy,
+    mesh: MeshSettings,
+    *,
+    memory: Memory,
+) -> HostRoutes:
+    refs = [ref.provider_host for rule in route.spec.rules for ref in rule.backend_refs]
+    usable = {
+        host: provider
+        for host in dict.fromkeys(refs)
+        if host and (provider := providers.get(host)) and provider.exported_to(route.namespace)
+    }
+
+    def make() -> HostRoutes:
+        destinations: dict[Destination, None] = {}
+        rules = list(_routes(route, usable, proxy, destinations))
+        return _host_routes(route, names, rules, destinations, mesh)
+
+    applying = tuple(
+        _applies(match, route.namespace, proxy) for rule in route.spec.rules for match in rule.matches
+    )
+    key = (id(route), names, tuple(map(id, usable.values())), tuple(usable), applying, id(mesh))
+    return memory.recall(key, (route, usable, mesh), make)
+
+
+def _of_provider(provider: LLMProvider, names: _Names, mesh: MeshSettings, memory: Memory) -> HostRoutes:
+    def make() -> HostRoutes:
+        target = Destination.of(provider)
+        action = {
+            "cluster": target.cluster_name,
+            **_timeouts(None),
+            "retry_policy": _retry_policy(None, []),
+        }
+        routes = [protos.Route(name="default", match={"prefix": "/"}, route=action)]
+        return _host_routes(provider, names, routes, [target], mesh)
+
+    return memory.recall((id(provider), names, id(mesh)), (provider, mesh), make)
+
+
+def _host_routes(
+    item: LLMRoute | LLMProvider,
+    names: _Names,
+    routes: Sequence[Message],
+    destinations: Iterable[Destination],
+    mesh: MeshSettings,
+) -> HostRoutes:
+    made = protos.VirtualHost(
+        name=item.spec.host,
+        domains=names.free,
         routes=routes,
         request_body_buffer_limit={"value": mesh.max_request_bytes},
     )
+    place = int.from_bytes(hashlib.sha256(names.main.encode()).digest()[:8])
+    return HostRoutes(made, names.free, tuple(destinations), item.key, place)
 
 
 def _routes(

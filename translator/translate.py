@@ -1,21 +1,22 @@
 """(world, proxy) -> the resources of that proxy, and which object each comes from."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
 from crds.llmprovider import LLMProvider
 from crds.problems import ObjectKey
-from translator import lua, secrets
+from translator import lua, scopes, secrets
 from translator.clusters import Destination, cluster
 from translator.listeners import HTTP_PROXY_ROUTES, listeners
+from translator.memory import Memory
 from translator.proxy import Proxy, ProxyType
-from translator.routes import route_table
+from translator.routes import HostRoutes, RouteTable, route_table
 from translator.world import World
 from xds import protos
-from xds.resources import Resource
+from xds.resources import SDS, Resource
 
 ResourceName = tuple[str, str]
 """Type URL and name."""
@@ -30,22 +31,23 @@ class Translation:
 
 
 class Translator:
-    """``translate`` is a pure function; the instance only remembers what it made of unchanged providers.
+    """``translate`` depends on the world and the proxy alone, but for scopes that draining connections use.
 
-    Objects are compared by identity: a source hands out the same object until its content changes.
+    The instance remembers what it made of unchanged objects.
     """
 
     def __init__(self) -> None:
         self._world: World | None = None
-        self._made: dict[tuple[int, Hashable], tuple[LLMProvider, Resource]] = {}
+        self._memory = Memory()
+        self._scoped: set[Proxy] = set()
+        """Proxies whose routes were scoped, ever: connections may still be using that form."""
 
     def translate(self, world: World, proxy: Proxy) -> Translation:
         """Make all resources of a proxy; every object was validated before, so that nothing here can fail."""
         if world is not self._world:
             self._world = world
-            living = {id(provider) for of in world.providers.values() for provider in of}
-            self._made = {slot: made for slot, made in self._made.items() if slot[0] in living}
-        table = route_table(world, proxy, HTTP_PROXY_ROUTES)
+            self._memory.begin()
+        table = route_table(world, proxy, HTTP_PROXY_ROUTES, self._memory)
         resources: dict[ResourceName, Resource] = {}
         origins: defaultdict[ObjectKey, set[ResourceName]] = defaultdict(set)
 
@@ -56,7 +58,8 @@ class Translator:
                 origins[key].add(name)
 
         script = proxy.script(lua.SCRIPT_SHA256)
-        for target in table.destinations:
+        destinations = table.destinations
+        for target in destinations:
             provider = target.provider
             certificate = _client_certificate(world, provider)
             if certificate is not None:
@@ -65,15 +68,26 @@ class Translator:
             api_key = self._api_key(world, target)
             if api_key is not None:
                 add(api_key, provider.key)
-        if table.destinations:
+        if destinations:
             add(secrets.root_ca(world))
-        for listener in listeners(proxy, world.mesh):
+        for listener in listeners(proxy, world.mesh, scoped=scopes.is_scoped(table)):
             add(Resource.of(listener))
-        if proxy.type is ProxyType.SIDECAR:
-            add(Resource.of(table.routes), *table.objects)
+        for resource, hosts in self._routes(proxy, table):
+            add(resource, *(host.object for host in hosts))
         return Translation(
             tuple(resources.values()), {key: frozenset(names) for key, names in origins.items()}
         )
+
+    def _routes(self, proxy: Proxy, table: RouteTable) -> Iterator[tuple[Resource, Sequence[HostRoutes]]]:
+        """Make the routes of a sidecar in the form that its listener uses, and in the one it used before."""
+        if proxy.type is not ProxyType.SIDECAR:
+            return
+        if scopes.is_scoped(table):
+            self._scoped.add(proxy)
+        if scopes.needs_one(table):
+            yield Resource.of(table.routes), table.hosts
+        if scopes.needs_scopes(table) or proxy in self._scoped:
+            yield from scopes.scoped_routes(table, self._memory)
 
     def _cluster(
         self, world: World, target: Destination, script: str | None, *, has_certificate: bool
@@ -95,10 +109,7 @@ class Translator:
 
     def _remembered(self, provider: LLMProvider, what: Hashable, make: Callable[[], Resource]) -> Resource:
         """Return what was made of this very object under the same circumstances, or make it."""
-        slot = (id(provider), what)
-        if slot not in self._made:
-            self._made[slot] = (provider, make())  # the object is kept, so that its id stays its own
-        return self._made[slot][1]
+        return self._memory.recall((id(provider), what), provider, make)
 
 
 def _data_source(script: str | None) -> Message:
@@ -114,4 +125,6 @@ def _client_certificate(world: World, provider: LLMProvider) -> Resource | None:
     try:
         return secrets.client_certificate(world, provider)
     except secrets.MissingSecretError:
+        if world.incomplete:
+            return Resource.unknown(SDS, secrets.client_certificate_name(provider))
         return None

@@ -1,5 +1,6 @@
 """LLMProvider -> cluster and secrets: what is sent where (design decisions 8, 9, 16)."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from translator.proxy import Proxy, ProxyType
 from translator.translate import Translator
 from translator.world import MeshSettings, World
 from xds import protos
+from xds.resources import CDS, SDS, Resource
 
 HOST = "llm.example.com"
 SIDECAR = Proxy(ProxyType.SIDECAR, "default", "sleep")
@@ -240,3 +242,15 @@ def test_a_secret_of_another_namespace_is_not_read() -> None:
     configs = {"defaultConfig": {"openAIConfig": config}}
     documents = (provider("llm", HOST, configs=configs), secret("istio-system/keys", {"key": "sk-1"}))
     assert keys_of(*documents) == {"api-key/default/llm": ""}
+
+
+def test_a_certificate_that_may_be_in_an_unreadable_file_is_held() -> None:
+    """The cluster goes on referring to it: a running Envoy keeps the certificate that it has."""
+    objects = world(provider("llm", HOST, tls={"mode": "MUTUAL", "credentialName": "client"}))
+    name = (SDS, "kubernetes://default/client")
+    for incomplete in (False, True):
+        made = Translator().translate(replace(objects, incomplete=incomplete), SIDECAR).resources
+        resources = {(each.type_url, each.name): each for each in made}
+        (body,) = (each.body for (type_url, _), each in resources.items() if type_url == CDS)
+        assert (name in resources) == (name[1].encode() in body) == incomplete
+    assert resources[name] == Resource.unknown(*name)
