@@ -1,23 +1,59 @@
 """The admin endpoints of ``llmplane serve``; nothing here shows a key."""
 
+import asyncio
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
+from llmplane import metrics
 from llmplane.address import Address
+from llmplane.dump import to_yaml
+from xds.resources import Resource
+
+
+class Insight(Protocol):
+    """What the endpoints show (see there)."""
+
+    def is_ready(self) -> bool:
+        """Whether the sources were read."""
+
+    def status(self) -> dict[str, Any]:
+        """For /debug/status."""
+
+    def syncz(self) -> dict[str, Any]:
+        """For /debug/syncz."""
+
+    def objects(self) -> list[dict[str, Any]]:
+        """For /debug/objects."""
+
+    def resources_of(self, node_id: str, /) -> list[Resource] | None:
+        """For /debug/config_dump; None if that proxy is not connected."""
+
+    def metrics(self) -> bytes:
+        """For /metrics."""
 
 
 class AdminServer:
-    """GET /healthz (the process runs), /readyz (xDS is served), /debug/status (``llmplane status``)."""
+    """Serves GET requests; the methods that begin with ``_get`` say what each answers."""
 
-    def __init__(self, status: Callable[[], dict[str, Any]], is_ready: Callable[[], bool]) -> None:
-        self._status = status
-        self._is_ready = is_ready
+    def __init__(self, insight: Insight) -> None:
+        self._insight = insight
+        self._dumping = asyncio.Lock()
+        endpoints = {
+            "/healthz": self._get_healthz,
+            "/readyz": self._get_readyz,
+            "/metrics": self._get_metrics,
+            "/debug/status": self._get_status,
+            "/debug/syncz": self._get_syncz,
+            "/debug/config_dump": self._get_config_dump,
+            "/debug/objects": self._get_objects,
+        }
+        self._index = "".join(f"{path}\n{_indented(handler)}\n" for path, handler in endpoints.items())
         app = web.Application()
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/debug/status", self._debug_status)
+        for path, handler in {**endpoints, "/debug/": self._get_index, "/debug": self._get_index}.items():
+            app.router.add_get(path, handler)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
 
     async def start(self, address: Address) -> Address:
@@ -31,13 +67,67 @@ class AdminServer:
         """Close all connections."""
         await self._runner.cleanup()
 
-    async def _healthz(self, _: web.Request) -> web.Response:
+    # These docstrings are what /debug/ shows.
+
+    async def _get_healthz(self, _: web.Request) -> web.Response:
+        """Answer 200: the process runs."""
         return web.Response(text="ok\n")
 
-    async def _readyz(self, _: web.Request) -> web.Response:
-        if self._is_ready():
+    async def _get_readyz(self, _: web.Request) -> web.Response:
+        """Answer 200 if xDS is served, 503 until the sources were read once."""
+        if self._insight.is_ready():
             return web.Response(text="ok\n")
         return web.Response(status=503, text="the sources were not read yet\n")
 
-    async def _debug_status(self, _: web.Request) -> web.Response:
-        return web.json_response(self._status())
+    async def _get_metrics(self, _: web.Request) -> web.Response:
+        """Give metrics to Prometheus: proxies, pushes, refusals, objects, problems."""
+        return web.Response(body=self._insight.metrics(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def _get_status(self, _: web.Request) -> web.Response:
+        """Show what `llmplane status` shows, in JSON.
+
+        time (of this answer; all times are UTC), revision (how often the sources were read), objects as in
+        /debug/objects, proxies as in /debug/syncz, problems as texts.
+        """
+        return web.json_response(self._insight.status())
+
+    async def _get_syncz(self, _: web.Request) -> web.Response:
+        """Show what each connected proxy was sent, acknowledged and refused, in JSON.
+
+        node_id, version (of Envoy), peer, variant (delta or sotw), connected_since, state, and types: for
+        each resource type state and since when; version (that it should have), sent and acknowledged
+        version; nonce_sent and nonce_acknowledged; unanswered (how many responses); subscribed (to how many
+        names, null: all); refused (names of what it refuses now); error (its last refusal, perhaps settled
+        since: detail in Envoy's words, names in the refused response, since). The states are SYNCED, STALE
+        (an answer is awaited, or something waits to be sent) and NACK (it keeps what it had).
+        """
+        return web.json_response(self._insight.syncz())
+
+    async def _get_config_dump(self, request: web.Request) -> web.Response:
+        """Show the resources of one proxy (?proxy=<node_id>) as YAML, keys redacted.
+
+        They are what it should have; in place of what is in quarantine, the version that was accepted last.
+        """
+        node_id = request.query.get("proxy", "")
+        resources = self._insight.resources_of(node_id)
+        if resources is None:
+            why = "this proxy is not connected" if node_id else "say which proxy: ?proxy=<node_id>"
+            return web.Response(status=404 if node_id else 400, text=f"{why} (/debug/syncz has them)\n")
+        async with self._dumping:  # thousands of resources take a while
+            text = await asyncio.to_thread(to_yaml, resources)
+        return web.Response(text=text, content_type="application/yaml")
+
+    async def _get_objects(self, _: web.Request) -> web.Response:
+        """Show the objects with their conditions, in JSON.
+
+        kind, namespace, name, host, source (file and line), state, programmed (how many of the proxies that
+        it is for have acknowledged it), and conditions: type, status, reason and message as in Kubernetes.
+        """
+        return web.json_response(self._insight.objects())
+
+    async def _get_index(self, _: web.Request) -> web.Response:
+        return web.Response(text=self._index)
+
+
+def _indented(handler: Callable[..., Any]) -> str:
+    return "".join(f"    {line}\n" for line in (inspect.getdoc(handler) or "").splitlines() if line)

@@ -7,6 +7,7 @@ unquoted, which Envoy's loader reads as a boolean).
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,26 @@ STATS_PORT = 15090
 HEALTH_PORT = 15021
 """Health port, as Istio's."""
 
+_CA = "xds-ca"
+_CERTIFICATE = "xds-client"
+_TOKEN = "xds-token"  # noqa: S105 - a name
 _TYPES = "type.googleapis.com"
 _RECONNECT = {"retry_back_off": {"base_interval": "0.5s", "max_interval": "5s"}}
 """Envoy's own limit of 30 s would leave it without news for that long after a control plane was away."""
+
+
+@dataclass(frozen=True, slots=True)
+class XdsCredentials:
+    """How an Envoy knows its control plane and proves who it is: files on Envoy's machine.
+
+    With a ``ca_file`` it speaks TLS, and verifies the control plane's certificate and name. The token travels
+    as ``authorization: Bearer ...``; it comes from its file by SDS, so ``/config_dump`` does not show it.
+    """
+
+    ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
+    token_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,10 @@ class ProxySettings:
     admin_port: int = 0
     scripts: Mapping[str, Path] = field(default_factory=dict)
     """Lua scripts that lie on this Envoy's machine: sha256 of the text -> file."""
+    credentials: XdsCredentials = XdsCredentials()
+    sds_directory: Path | None = None
+    """Where `secrets` lie as files of their own, which Envoy reads again when they or what they name change.
+    None: they are in the bootstrap, and Envoy reads what they name at its start only."""
     instance: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     @property
@@ -51,6 +73,7 @@ class ProxySettings:
 
 def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
     """Make the bootstrap of ``proxy`` as a JSON-ready dictionary (envoy.config.bootstrap.v3.Bootstrap)."""
+    own_secrets = [] if proxy.sds_directory else secrets(proxy)
     return {
         "node": {
             "id": proxy.node_id,
@@ -77,12 +100,54 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
         },
         "static_resources": {
             "clusters": [_xds_cluster(proxy), _admin_cluster(proxy)],
+            **({"secrets": own_secrets} if own_secrets else {}),
             "listeners": [
                 _door(proxy, "stats", STATS_PORT, "/stats/prometheus", "/stats/prometheus"),
                 _door(proxy, "health", HEALTH_PORT, "/healthz/ready", "/ready"),
             ],
         },
     }
+
+
+def secrets(proxy: ProxySettings) -> list[dict[str, Any]]:
+    """Return the credentials of the xDS connection as Envoy's secrets; they name files and hold no secret."""
+    files, made = proxy.credentials, []
+    if files.ca_file:
+        validation = {"trusted_ca": _file(files.ca_file), "watched_directory": _parent(files.ca_file)}
+        made.append({"name": _CA, "validation_context": validation})
+    if files.client_cert_file and files.client_key_file:
+        certificate = {
+            "certificate_chain": _file(files.client_cert_file),
+            "private_key": _file(files.client_key_file),
+            "watched_directory": _parent(files.client_cert_file),
+        }
+        made.append({"name": _CERTIFICATE, "tls_certificate": certificate})
+    if files.token_file:
+        made.append({"name": _TOKEN, "generic_secret": {"secret": _file(files.token_file)}})
+    return made
+
+
+def secret_file(proxy: ProxySettings, name: str) -> Path:
+    """Return where a secret lies, as a DiscoveryResponse. Raises ValueError without `sds_directory`."""
+    if proxy.sds_directory is None:
+        raise ValueError("the secrets of this proxy are in its bootstrap")
+    return proxy.sds_directory / f"{name}.json"
+
+
+def _secret(proxy: ProxySettings, name: str) -> dict[str, Any]:
+    """Refer to a secret (envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig)."""
+    if proxy.sds_directory is None:
+        return {"name": name}
+    source = {"path_config_source": {"path": str(secret_file(proxy, name))}, "resource_api_version": "V3"}
+    return {"name": name, "sds_config": source}
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"filename": str(path)}
+
+
+def _parent(path: Path) -> dict[str, Any]:
+    return {"path": str(path.parent)}
 
 
 def _socket(host: str, port: int) -> dict[str, Any]:
@@ -106,23 +171,83 @@ def _cluster(name: str, address: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def _xds_cluster(proxy: ProxySettings) -> dict[str, Any]:
-    protocol = f"{_TYPES}/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    options: dict[str, Any] = {
+        "@type": f"{_TYPES}/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicit_http_config": {
+            # A control plane that died without a word is noticed and reconnected to.
+            "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
+        },
+    }
+    if proxy.credentials.token_file:
+        options["http_filters"] = _bearer_token(proxy)
+    tls = {"transport_socket": _tls(proxy)} if proxy.credentials.ca_file else {}
     return _cluster(
         "xds-grpc",
         _socket(proxy.xds_host, proxy.xds_port),
         type="STRICT_DNS",
-        typed_extension_protocol_options={
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": protocol,
-                "explicit_http_config": {
-                    # A control plane that died without a word is noticed and reconnected to.
-                    "http2_protocol_options": {
-                        "connection_keepalive": {"interval": "30s", "timeout": "10s"},
-                    },
-                },
+        dns_lookup_family="ALL",  # `localhost` may be ::1 first, where nobody listens
+        typed_extension_protocol_options={"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
+        **tls,
+    )
+
+
+def _tls(proxy: ProxySettings) -> dict[str, Any]:
+    """Make the transport socket that verifies the control plane's CA and name."""
+    host = proxy.xds_host
+    kind = "IP_ADDRESS" if _is_ip(host) else "DNS"
+    common: dict[str, Any] = {
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+        "combined_validation_context": {
+            "default_validation_context": {
+                "match_typed_subject_alt_names": [{"san_type": kind, "matcher": {"exact": host}}]
+            },
+            "validation_context_sds_secret_config": _secret(proxy, _CA),
+        },
+    }
+    if proxy.credentials.client_cert_file:
+        common["tls_certificate_sds_secret_configs"] = [_secret(proxy, _CERTIFICATE)]
+    name = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+    config: dict[str, Any] = {"@type": f"{_TYPES}/{name}", "common_tls_context": common}
+    if kind == "DNS":
+        config["sni"] = host
+    return {"name": "envoy.transport_sockets.tls", "typed_config": config}
+
+
+def _bearer_token(proxy: ProxySettings) -> list[dict[str, Any]]:
+    """Make the upstream filters that add the token: `initial_metadata` would show it in `/config_dump`."""
+    filters = f"{_TYPES}/envoy.extensions.filters.http"
+    generic = f"{_TYPES}/envoy.extensions.http.injected_credentials.generic.v3.Generic"
+    credential = {
+        "name": "envoy.http.injected_credentials.generic",
+        "typed_config": {
+            "@type": generic,
+            "credential": _secret(proxy, _TOKEN),
+            "header": "authorization",
+            "header_value_prefix": "Bearer ",
+        },
+    }
+    return [
+        {
+            "name": "envoy.filters.http.credential_injector",
+            "typed_config": {
+                "@type": f"{filters}.credential_injector.v3.CredentialInjector",
+                "overwrite": True,
+                "credential": credential,
             },
         },
-    )
+        {
+            "name": "envoy.filters.http.upstream_codec",
+            "typed_config": {"@type": f"{filters}.upstream_codec.v3.UpstreamCodec"},
+        },
+    ]
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _admin_cluster(proxy: ProxySettings) -> dict[str, Any]:

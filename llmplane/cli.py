@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import grpc
 import structlog
 
 from crds.placeholders import variables
 from crds.problems import Severity
 from crds.values import KubernetesName, Namespace
 from llmplane import __version__, fakellm, offline
+from llmplane.acknowledged import AcknowledgedFile
 from llmplane.address import Address
-from llmplane.bootstrap import ProxySettings, bootstrap
+from llmplane.auth import CredentialsError, FileAuthenticator, ServerCertificate, TokenFile, check_files
+from llmplane.bootstrap import ProxySettings, XdsCredentials, bootstrap
 from llmplane.controlplane import AddressInUseError, ControlPlane
 from llmplane.demo import run_demo
 from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
@@ -34,6 +37,7 @@ _ConnectTo = tuple[tuple[Address, Address], ...]
 
 _EXISTING = click.Path(exists=True, path_type=Path)
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, path_type=Path)
 _PROXY_TYPES = {"sidecar": ProxyType.SIDECAR, "gateway": ProxyType.ROUTER}
 
 
@@ -115,6 +119,28 @@ _PROXY = _options(
         help="Where `llmplane serve` is.",
     ),
     click.option(
+        "--xds-ca-file",
+        type=_FILE,
+        metavar="FILE",
+        help="Speak TLS with `llmplane serve`; its certificate must be of this CA (PEM) and for the host of "
+        "--xds-address.",
+    ),
+    click.option(
+        "--xds-client-cert-file",
+        type=_FILE,
+        metavar="FILE",
+        help="Mutual TLS: this Envoy's own certificate chain (PEM).",
+    ),
+    click.option(
+        "--xds-client-key-file", type=_FILE, metavar="FILE", help="Key of --xds-client-cert-file (PEM)."
+    ),
+    click.option(
+        "--xds-token-file",
+        type=_FILE,
+        metavar="FILE",
+        help="Show `llmplane serve` the token that this file holds. Needs --xds-ca-file, or loopback.",
+    ),
+    click.option(
         "--workload",
         type=NameType(KubernetesName),
         required=True,
@@ -163,9 +189,32 @@ _PROXY = _options(
     help="Where `llmplane status` asks, and /healthz and /readyz answer.",
 )
 @click.option(
+    "--xds-cert-file",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Serve Envoys over TLS, with this certificate chain (PEM). This file and those below are read again "
+    "when they change.",
+)
+@click.option("--xds-key-file", type=_EXISTING_FILE, metavar="FILE", help="Key of --xds-cert-file (PEM).")
+@click.option(
+    "--xds-client-ca-file",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Mutual TLS: only Envoys with a certificate of this CA (PEM) are served, and each only as the "
+    "namespace that is in it, as spiffe://DOMAIN/ns/NAMESPACE/sa/NAME or as the DNS name WORKLOAD.NAMESPACE.",
+)
+@click.option(
+    "--xds-token-file",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Only Envoys with a token of this file are served. It holds one token for all, or lines "
+    "NAMESPACE[/WORKLOAD] [LABEL=VALUE ...] TOKEN. Needs TLS, or loopback.",
+)
+@click.option(
     "--insecure",
     is_flag=True,
-    help="Allow an --xds-address that other machines reach: whoever connects there gets the API keys.",
+    help="Allow addresses that other machines reach without authentication: whoever connects to "
+    "--xds-address gets the API keys.",
 )
 @click.option(
     "--validate-resources/--no-validate-resources",
@@ -181,6 +230,10 @@ def serve_command(
     paths: tuple[Path, ...],
     xds_address: Address,
     admin_address: Address,
+    xds_cert_file: Path | None,
+    xds_key_file: Path | None,
+    xds_client_ca_file: Path | None,
+    xds_token_file: Path | None,
     insecure: bool,
     validate_resources: bool,
     mesh_config: Path | None,
@@ -194,19 +247,47 @@ def serve_command(
     use, also over a restart (without keys, it is kept below $XDG_STATE_HOME or ~/.local/state), and the log
     and `llmplane status` say so.
     """
-    if not xds_address.is_loopback and not insecure:
+    if (xds_cert_file is None) != (xds_key_file is None):
+        raise click.UsageError("--xds-cert-file and --xds-key-file belong together")
+    if xds_client_ca_file and not xds_cert_file:
+        raise click.UsageError("--xds-client-ca-file needs --xds-cert-file: it is for mutual TLS")
+    if xds_token_file and not xds_cert_file and not xds_address.is_loopback:
+        raise click.UsageError("--xds-token-file needs --xds-cert-file: tokens travel in clear without TLS")
+    if not (xds_address.is_loopback or xds_client_ca_file or xds_token_file or insecure):
         raise click.UsageError(
             f"--xds-address {xds_address}: other machines reach it, and xDS carries API keys without "
-            "authentication; give --insecure if only trusted ones can"
+            "authentication; give --xds-client-ca-file or --xds-token-file, or --insecure if only trusted "
+            "ones can"
+        )
+    if not (admin_address.is_loopback or insecure):
+        raise click.UsageError(
+            f"--admin-address {admin_address}: other machines reach it, and it tells objects and proxies; "
+            "give --insecure if only trusted ones can"
         )
     _log_to_stderr()
     mesh = mesh_settings(mesh_config, connect_to, ca_file)
     try:
-        source = FileSource(paths, variables(os.environ, dict(settings)), LastGood(state_file(paths)))
-        control_plane = ControlPlane(source, mesh, validate_resources=validate_resources)
-        asyncio.run(_serve(control_plane, xds_address, admin_address))
+        source = FileSource(
+            paths, variables(os.environ, dict(settings)), LastGood(state_file("last-good", paths))
+        )
+        credentials = None
+        if xds_cert_file and xds_key_file:
+            credentials = ServerCertificate(xds_cert_file, xds_key_file, xds_client_ca_file).credentials()
+        authenticator = None
+        if xds_client_ca_file or xds_token_file:
+            tokens = TokenFile(xds_token_file) if xds_token_file else None
+            authenticator = FileAuthenticator(tokens, certificates=xds_client_ca_file is not None)
+        control_plane = ControlPlane(
+            source,
+            mesh,
+            validate_resources=validate_resources,
+            authenticator=authenticator,
+            acknowledged=AcknowledgedFile(state_file("acknowledged", paths)),
+        )
+        asyncio.run(_serve(control_plane, xds_address, admin_address, credentials))
     except (
         AddressInUseError,
+        CredentialsError,
         NoStateDirectoryError,
         OSError,
     ) as error:  # OSError: no more files can be watched
@@ -219,17 +300,23 @@ def _log_to_stderr() -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(),
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
 
-async def _serve(control_plane: ControlPlane, xds_address: Address, admin_address: Address) -> None:
+async def _serve(
+    control_plane: ControlPlane,
+    xds_address: Address,
+    admin_address: Address,
+    credentials: grpc.ServerCredentials | None,
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await control_plane.run(xds_address, admin_address, stop)
+    await control_plane.run(xds_address, admin_address, stop, credentials)
 
 
 @main.command("proxy", short_help="Run an Envoy that `llmplane serve` configures.")
@@ -246,8 +333,10 @@ def proxy_command(kind: str, envoy_args: tuple[str, ...], **settings: Any) -> No
     try:
         envoy = find_envoy()
         directory = runtime_directory(name)
-        file = lay_down(_proxy_settings(kind, directory / "admin.sock", settings), directory)
-    except (EnvoyNotFoundError, OSError) as error:
+        proxy = _proxy_settings(kind, directory / "admin.sock", settings)
+        check_files(proxy.credentials)
+        file = lay_down(proxy, directory)
+    except (EnvoyNotFoundError, CredentialsError, OSError) as error:
         raise click.ClickException(str(error)) from None
     arguments = [str(envoy), "-c", str(file), "--use-dynamic-base-id", *envoy_args]
     sys.stderr.flush()
@@ -361,6 +450,14 @@ main.add_command(fakellm.command, "fake-llm")
 
 def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> ProxySettings:
     xds: Address = settings["xds_address"]
+    given = {name: settings[f"xds_{name}"] for name in XdsCredentials.__slots__}
+    credentials = XdsCredentials(**{name: file and file.absolute() for name, file in given.items()})
+    if (credentials.client_cert_file is None) != (credentials.client_key_file is None):
+        raise click.UsageError("--xds-client-cert-file and --xds-client-key-file belong together")
+    if credentials.client_cert_file and not credentials.ca_file:
+        raise click.UsageError("--xds-client-cert-file needs --xds-ca-file: it is for mutual TLS")
+    if credentials.token_file and not credentials.ca_file and not xds.is_loopback:
+        raise click.UsageError("--xds-token-file needs --xds-ca-file: tokens travel in clear without TLS")
     return ProxySettings(
         type=_PROXY_TYPES[kind],
         xds_host=xds.host,
@@ -371,6 +468,7 @@ def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> Pro
         bind_address=settings["bind_address"],
         admin_socket=socket,
         admin_port=settings["admin_port"] or 0,
+        credentials=credentials,
     )
 
 

@@ -5,11 +5,13 @@ import gc
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Hashable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+import grpc
 import structlog
 
 from crds.llmprovider import LLMProvider
@@ -17,9 +19,12 @@ from crds.llmroute import LLMRoute
 from crds.loader import LoadedObject
 from crds.meta import BaseObject
 from crds.problems import ObjectKey, Severity
+from llmplane.acknowledged import AcknowledgedFile
 from llmplane.address import Address
 from llmplane.admin import AdminServer
+from llmplane.auth import Identity
 from llmplane.checking import ResourceChecker
+from llmplane.metrics import Figures, Metrics
 from llmplane.problems import problems
 from llmplane.sources.state import SourceState, world_of
 from translator.conditions import Condition, conditions
@@ -27,11 +32,16 @@ from translator.proxy import Proxy
 from translator.translate import ResourceName, Translation, Translator
 from translator.world import MeshSettings
 from xds.resources import Resource
-from xds.server import ManagementServer, Node, NodeRejected
+from xds.server import Authenticator, ManagementServer, Node, NodeRejected
 from xds.snapshot import Snapshot
 from xds.status import ProxyStatus, State, TypeStatus
 
 _LOG = structlog.get_logger(__name__)
+
+_UNKNOWN = (
+    "some objects cannot be read, and no good version of them is known here: proxies that were configured "
+    "before the restart keep their routes, and nothing is removed, until they can be read"
+)
 
 
 class Source(Protocol):
@@ -48,13 +58,31 @@ class AddressInUseError(RuntimeError):
 class ControlPlane:
     """Keeps the snapshots of all connected proxies true to the source (an xds.server.SnapshotSource)."""
 
-    def __init__(self, source: Source, mesh: MeshSettings, *, validate_resources: bool = True) -> None:
-        self.server = ManagementServer(self, identifier="llmplane")
+    def __init__(
+        self,
+        source: Source,
+        mesh: MeshSettings,
+        *,
+        validate_resources: bool = True,
+        authenticator: Authenticator | None = None,
+        acknowledged: AcknowledgedFile | None = None,
+    ) -> None:
+        self._metrics = Metrics(self._figures)
+        self.server = ManagementServer(
+            self,
+            identifier="llmplane",
+            authenticator=authenticator,
+            archive=acknowledged,
+            observer=self._metrics,
+        )
+        self._authenticated = authenticator is not None
         self._source = source
         self._mesh = mesh
         self._state = SourceState()
         self._revision = 0
         """How often the source was read."""
+        self._last_change = 0.0
+        """When what was read was different, seconds since the epoch."""
         self._world = world_of(self._state, mesh)
         self._conditions: Mapping[ObjectKey, tuple[Condition, ...]] = {}
         self._problems: dict[str, Severity] = {}
@@ -65,13 +93,21 @@ class ControlPlane:
         self._served: dict[Hashable, dict[ResourceName, Resource]] = {}
         self._violations: dict[Hashable, dict[ResourceName, str]] = {}
 
-    async def run(self, xds_address: Address, admin_address: Address, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set. Nothing is served before the source was read once.
+    async def run(
+        self,
+        xds_address: Address,
+        admin_address: Address,
+        stop: asyncio.Event,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """Serve until ``stop`` is set, xDS with TLS if there are credentials.
+
+        Nothing is served before the source was read once.
 
         Raises AddressInUseError.
         """
         async with AsyncExitStack() as stack:
-            admin = AdminServer(self.status, lambda: self._revision > 0)
+            admin = AdminServer(self)
             stack.push_async_callback(admin.stop)
             try:
                 admin_address = await admin.start(admin_address)
@@ -79,14 +115,21 @@ class ControlPlane:
                 raise AddressInUseError(_cannot_listen("--admin-address", admin_address, error)) from None
             try:
                 _bind(xds_address)  # gRPC's own error says nothing
-                port = await self.server.start(str(xds_address))
+                port = await self.server.start(str(xds_address), credentials)
             except (OSError, RuntimeError) as error:
                 raise AddressInUseError(_cannot_listen("--xds-address", xds_address, error)) from None
             stack.push_async_callback(self.server.stop)
+            serving = False
             async for state in self._source.states(stop):
-                self._take(state)
-                if self._revision == 1:
-                    # The objects stay: going through thousands of them at each collection would delay changes.
+                try:
+                    self._take(state)
+                except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
+                    # What already works goes on, and the next state is tried again.
+                    _LOG.exception("a state could not be taken over; proxies keep what they have")
+                    continue
+                if not serving:
+                    serving = True
+                    # The objects stay: going through thousands of them each time would delay changes.
                     gc.collect()
                     gc.freeze()
                     self.server.ready()
@@ -96,10 +139,11 @@ class ControlPlane:
 
     def _take(self, state: SourceState) -> None:
         """Make a new world of a new state, and publish what it means for each connected proxy."""
-        begin = time.perf_counter()
+        began = time.monotonic()
         self._revision += 1
         if state == self._state and self._revision > 1:
             return
+        self._last_change = time.time()
         before, self._state = self._state, state
         self._world = world_of(state, self._mesh)
         proxies = self.server.groups()
@@ -107,8 +151,8 @@ class ControlPlane:
             for of in (self._translations, self._served, self._violations):
                 of.pop(gone, None)
             self.server.forget(gone)
-        self.server.publish({proxy: self.snapshot(proxy) for proxy in proxies})
-        milliseconds = round((time.perf_counter() - begin) * 1000, 1)
+        self.server.publish({proxy: self.snapshot(proxy) for proxy in proxies}, began=began)
+        milliseconds = round((time.monotonic() - began) * 1000, 1)
         _LOG.info("published", objects=len(state.objects), groups=len(proxies), milliseconds=milliseconds)
         self._conditions = conditions(self._world)
         self._log_problems(before)
@@ -126,12 +170,17 @@ class ControlPlane:
                 _LOG.info("problem solved", problem=text)
         self._problems = found
 
-    def group(self, node: Node) -> Hashable:
+    def group(self, node: Node, identity: object) -> Hashable:
         """Return which proxies share a snapshot: those that configuration cannot tell apart."""
         try:
-            return Proxy.from_node(node.id, node.metadata)
+            proxy = Proxy.from_node(node.id, node.metadata)
         except ValueError as error:
             raise NodeRejected(str(error)) from None
+        if not self._authenticated:
+            return proxy
+        if not isinstance(identity, Identity):
+            raise TypeError("the authenticator made no Identity")
+        return identity.admit(proxy)
 
     def snapshot(self, group: Hashable) -> Snapshot:
         """Translate the world for a proxy."""
@@ -143,11 +192,72 @@ class ControlPlane:
         for name, text in violations.items() - self._violations.get(group, {}).items():
             _LOG.error("resource is not valid and is held back", type=name[0], name=name[1], problem=text)
         self._served[group], self._violations[group] = served, violations
-        return Snapshot(served.values())
+        return Snapshot(served.values(), incomplete=self._state.unknown)
+
+    # What the admin endpoints show (llmplane.admin.Insight); no secret is in it
+
+    def is_ready(self) -> bool:
+        """Whether the source was read."""
+        return self._revision > 0
 
     def status(self) -> dict[str, Any]:
-        """Return objects, proxies and problems as JSON-ready data; holds no secret."""
+        """Return objects, proxies and problems."""
         proxies = self.server.proxies()
+        refusals = self._refusals()
+        return {
+            "time": _iso(time.time()),
+            "revision": self._revision,
+            "objects": self._objects(proxies, refusals),
+            "proxies": [_proxy(proxy) for proxy in proxies],
+            "problems": [
+                *self._problems,
+                *([_UNKNOWN] if self._state.unknown else ()),
+                *(f"{key}: its last good version is in use" for key in sorted(self._state.kept)),
+                *(f"{key}: {text}" for key, texts in refusals.items() for text in texts),
+            ],
+        }
+
+    def syncz(self) -> dict[str, Any]:
+        """Return what each proxy was sent, acknowledged and refused."""
+        return {"time": _iso(time.time()), "proxies": [_proxy(proxy) for proxy in self.server.proxies()]}
+
+    def objects(self) -> list[dict[str, Any]]:
+        """Return the objects with their conditions."""
+        return self._objects(self.server.proxies(), self._refusals())
+
+    def resources_of(self, node_id: str) -> list[Resource] | None:
+        """Return the resources that a proxy should have; None if it is not connected."""
+        for proxy in self.server.proxies():
+            if proxy.node_id == node_id:
+                return self.server.resources(proxy.group)
+        return None
+
+    def metrics(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return self._metrics.exposition()
+
+    def _figures(self) -> Figures:
+        proxies = self.server.proxies()
+        refusals = self._refusals()
+        severities: Counter[str] = Counter(dict.fromkeys(Severity, 0))
+        severities.update(self._problems.values())
+        severities[Severity.ERROR] += sum(map(len, refusals.values()))
+        objects: Counter[tuple[str, str]] = Counter()
+        for item in self._counted():
+            states = _states(self._found(item, refusals))
+            state = "LastGoodVersion" if item.key in self._state.kept else (*states, "OK")[0]
+            objects[item.kind, state] += 1
+        return Figures(
+            versions=Counter(proxy.envoy_version for proxy in proxies),
+            proxies={state: sum(proxy.state is state for proxy in proxies) for state in State},
+            objects=objects,
+            problems=severities,
+            last_good=len(self._state.kept),
+            last_change=self._last_change,
+        )
+
+    def _refusals(self) -> dict[ObjectKey, list[str]]:
+        """Return what proxies refuse, or what is held back from them, by the object that it comes from."""
         refusals: dict[ObjectKey, list[str]] = {}
         for refusal in self.server.refusals():
             text = f"{refusal.node_id} refused {refusal.name}: {refusal.detail}"
@@ -157,54 +267,65 @@ class ControlPlane:
             for name, violation in violations.items():
                 for key in self._origins(group, name):
                     refusals.setdefault(key, []).append(f"{name[1]} is held back: {violation}")
-        return {
-            "revision": self._revision,
-            "objects": [
-                self._object(item, proxies, refusals.get(item.key, []))
-                for item in self._state.objects
-                if item.key in self._conditions
-            ],
-            "proxies": [_proxy(proxy) for proxy in proxies],
-            "problems": [
-                *self._problems,
-                *(f"{key}: its last good version is in use" for key in sorted(self._state.kept)),
-                *(f"{key}: {text}" for key, texts in refusals.items() for text in texts),
-            ],
-        }
+        return refusals
 
     def _origins(self, group: Hashable, resource: ResourceName) -> list[ObjectKey]:
         translation = self._translations.get(group)
         origins = translation.origins if translation else {}
         return [key for key, resources in origins.items() if resource in resources]
 
-    def _object(self, item: LoadedObject, proxies: list[ProxyStatus], refusals: list[str]) -> dict[str, Any]:
-        """Say of an object whether it counts, what it lacks, and how many proxies acknowledged it."""
+    def _counted(self) -> Iterator[LoadedObject]:
+        """Yield the objects that have conditions."""
+        return (item for item in self._state.objects if item.key in self._conditions)
+
+    def _found(self, item: LoadedObject, refusals: Mapping[ObjectKey, list[str]]) -> list[dict[str, Any]]:
+        """Return the conditions of an object."""
         found = [
             {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
             for each in self._conditions.get(item.key, ())
         ]
-        if refusals:
-            message = "; ".join(refusals)
+        if item.key in refusals:
+            message = "; ".join(refusals[item.key])
             found.append({"type": "Programmed", "status": False, "reason": "Refused", "message": message})
-        states = ["last good version"] if item.key in self._state.kept else []
-        states += [str(each["reason"]) for each in found if not each["status"]]
-        reached, acknowledged = 0, 0
-        for proxy in proxies:
-            translation = self._translations.get(proxy.group)
-            resources = translation.origins.get(item.key) if translation else None
-            if resources:
-                reached += 1
-                acknowledged += all(_has_accepted(proxy.types.get(url), name) for url, name in resources)
-        return {
-            "kind": item.kind,
-            "namespace": item.namespace,
-            "name": item.name,
-            "host": _host(item.object),
-            "source": f"{item.file}:{item.line}",
-            "state": ", ".join(states) or "OK",
-            "programmed": f"{acknowledged}/{reached}",
-            "conditions": found,
-        }
+        return found
+
+    def _objects(
+        self, proxies: Iterable[ProxyStatus], refusals: Mapping[ObjectKey, list[str]]
+    ) -> list[dict[str, Any]]:
+        """Say of each object whether it counts, what it lacks, and how many proxies acknowledged it."""
+        # Most proxies are in the same state, and there may be thousands.
+        alike = Counter(
+            (proxy.group, frozenset((url, of.state, of.refused) for url, of in proxy.types.items()))
+            for proxy in proxies
+        )
+        views = [
+            (self._translations[group].origins, {url: (state, names) for url, state, names in types}, number)
+            for (group, types), number in alike.items()
+            if group in self._translations
+        ]
+        objects = []
+        for item in self._counted():
+            found = self._found(item, refusals)
+            kept = ["last good version"] if item.key in self._state.kept else []
+            reached = acknowledged = 0
+            for origins, types, number in views:
+                if resources := origins.get(item.key):
+                    reached += number
+                    if all(_has_accepted(types.get(url), name) for url, name in resources):
+                        acknowledged += number
+            objects.append(
+                {
+                    "kind": item.kind,
+                    "namespace": item.namespace,
+                    "name": item.name,
+                    "host": _host(item.object),
+                    "source": f"{item.file}:{item.line}",
+                    "state": ", ".join([*kept, *_states(found)]) or "OK",
+                    "programmed": f"{acknowledged}/{reached}",
+                    "conditions": found,
+                }
+            )
+        return objects
 
 
 def _host(item: BaseObject) -> str:
@@ -226,27 +347,47 @@ def _cannot_listen(option: str, address: Address, error: Exception) -> str:
     return f"{option} {address}: {why}"
 
 
-def _has_accepted(status: TypeStatus | None, name: str) -> bool:
-    """Whether a proxy has accepted the current version of one resource."""
+def _states(conditions: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the reasons of the conditions that are not met."""
+    return [each["reason"] for each in conditions if not each["status"]]
+
+
+def _has_accepted(status: tuple[State, tuple[str, ...]] | None, name: str) -> bool:
+    """Whether a proxy has accepted the current version of one resource; by its state and what it refuses."""
     if status is None:
         return False
-    return status.state is State.SYNCED or (status.state is State.NACK and name not in status.refused)
+    state, refused = status
+    return state is State.SYNCED or (state is State.NACK and name not in refused)
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _proxy(proxy: ProxyStatus) -> dict[str, Any]:
     return {
         "node_id": proxy.node_id,
         "version": proxy.envoy_version,
+        "peer": proxy.peer,
+        "variant": "delta" if proxy.delta else "sotw",
         "state": proxy.state,
-        "connected_since": datetime.fromtimestamp(proxy.connected_since, UTC).isoformat(timespec="seconds"),
-        "types": {
-            type_url.rpartition(".")[2]: {
-                "state": status.state,
-                "version": status.version,
-                "sent": status.sent,
-                "refused": status.refused,
-                "error": status.error.detail if status.error else None,
-            }
-            for type_url, status in proxy.types.items()
-        },
+        "connected_since": _iso(proxy.connected_since),
+        "types": {url.rpartition(".")[2]: _type(status) for url, status in proxy.types.items()},
+    }
+
+
+def _type(status: TypeStatus) -> dict[str, Any]:
+    error = status.error
+    return {
+        "state": status.state,
+        "since": _iso(status.since),
+        "version": status.version,
+        "sent": status.sent,
+        "acknowledged": status.acknowledged,
+        "nonce_sent": status.nonce_sent,
+        "nonce_acknowledged": status.nonce_acknowledged,
+        "unanswered": status.unanswered,
+        "subscribed": status.subscribed,
+        "refused": status.refused,
+        "error": error and {"detail": error.detail, "names": error.names, "since": _iso(error.time)},
     }

@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llmplane.bootstrap import ProxySettings, bootstrap
+from llmplane.bootstrap import ProxySettings, bootstrap, secret_file, secrets
 from translator import lua
 
 _LONGEST_SOCKET = 107
@@ -60,7 +60,7 @@ def runtime_directory(name: str) -> Path:
 
 
 def lay_down(proxy: ProxySettings, directory: Path) -> Path:
-    """Write the bootstrap and the Lua script of a proxy; return the bootstrap's path.
+    """Write the bootstrap, the Lua script and the secrets of a proxy; return the bootstrap's path.
 
     The script's file is named by its hash: an Envoy of an older version keeps the text that it knows.
     Raises OSError, also where the path of the admin socket is too long for one.
@@ -72,6 +72,11 @@ def lay_down(proxy: ProxySettings, directory: Path) -> Path:
     script = directory / f"llm_provider-{lua.SCRIPT_SHA256[:16]}.lua"
     script.write_text(lua.SCRIPT, encoding="utf-8")
     file = directory / "bootstrap.json"
-    settings = replace(proxy, scripts={lua.SCRIPT_SHA256: script})
+    settings = replace(proxy, scripts={lua.SCRIPT_SHA256: script}, sds_directory=directory)
+    for secret in secrets(settings):
+        resource = {"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", **secret}
+        secret_file(settings, secret["name"]).write_text(
+            json.dumps({"resources": [resource]}), encoding="utf-8"
+        )
     file.write_text(json.dumps(bootstrap(settings), indent=2), encoding="utf-8")
     return file

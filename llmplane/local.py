@@ -28,8 +28,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
     """``llmplane serve`` and ``llmplane proxy sidecar``, started as a user would, ended by the context.
 
     ``directory`` gets the configuration (``config/``), the processes' logs and their state. ``serve_options``
-    and ``environment`` are added to the control plane's; ``bind_address`` is where the sidecar opens its
-    listeners (default: the first free address of 127.0.0.0/24).
+    and ``environment`` are added to the control plane's, ``proxy_options`` to the sidecar's; ``bind_address``
+    is where the sidecar opens its listeners (default: the first free address of 127.0.0.0/24).
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         labels: Mapping[str, str] | None = None,
         namespace: str = "default",
         workload: str = "sleep",
+        proxy_options: Sequence[str] = (),
         envoy_options: Sequence[str] = (),
         bind_address: str | None = None,
     ) -> None:
@@ -68,6 +69,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         ]
         for name, value in (labels or {"app": "sleep"}).items():
             self._identity += ["--label", f"{name}={value}"]
+        self._proxy_options = proxy_options
         self._envoy_options = envoy_options
 
     @property
@@ -99,7 +101,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
 
     def start_proxy(self) -> None:
         """Start ``llmplane proxy sidecar`` and wait until it is configured."""
-        options = ["--xds-address", str(self.xds), *self._identity]
+        options = ["--xds-address", str(self.xds), *self._identity, *self._proxy_options]
         envoy = ["--", "--concurrency", "1", "-l", "warning", *self._envoy_options]
         self.proxy = self._run("sidecar", ["proxy", "sidecar", *options, *envoy])
         self._wait("the sidecar listens", lambda: _listens(self.bind_address, HTTP_PROXY_PORT))

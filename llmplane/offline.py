@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from crds.problems import Problem
+from llmplane.dump import to_yaml
 from llmplane.problems import problems
 from llmplane.sources.files import FileSource
 from llmplane.sources.state import world_of
@@ -13,7 +12,6 @@ from translator.conditions import conditions
 from translator.proxy import Proxy
 from translator.translate import Translator
 from translator.world import MeshSettings
-from xds import protos
 
 
 def translate(
@@ -22,12 +20,7 @@ def translate(
     """Return the resources that a proxy would get as YAML, keys redacted, and all that is wrong."""
     state = FileSource(files, variables).read()
     world = world_of(state, mesh)
-    documents = [
-        _redacted(protos.to_dict(protos.Any.FromString(resource.body)))
-        for resource in Translator().translate(world, proxy).resources
-    ]
-    # Sorted, because protobuf's maps have no order.
-    text = yaml.safe_dump_all(documents, sort_keys=True, allow_unicode=True)
+    text = to_yaml(Translator().translate(world, proxy).resources)
     return text, problems(state, conditions(world))
 
 
@@ -37,11 +30,3 @@ def validate(
     """Return how many valid objects there are, and everything that is wrong, also between objects."""
     state = FileSource(files, variables).read()
     return len(state.objects), problems(state, conditions(world_of(state, mesh)))
-
-
-def _redacted(resource: dict[str, object]) -> dict[str, object]:
-    """Hide what is secret of a Secret (SDS): only the trust roots are public."""
-    return {
-        name: "[redacted]" if name in {"generic_secret", "tls_certificate", "session_ticket_keys"} else value
-        for name, value in resource.items()
-    }

@@ -2,7 +2,8 @@
 
 import json
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from tabulate import tabulate
@@ -10,7 +11,13 @@ from tabulate import tabulate
 from llmplane.address import Address
 
 _TYPES = {"Cluster": "CDS", "Listener": "LDS", "RouteConfiguration": "RDS", "Secret": "SDS"}
-"""The discovery services of a sidecar by their types, in the words of `istioctl proxy-status`."""
+"""The discovery services of every sidecar by their types, in the words of `istioctl proxy-status`."""
+_RARE_TYPES = {
+    "ScopedRouteConfiguration": "SRDS",
+    "ClusterLoadAssignment": "EDS",
+    "TypedExtensionConfig": "ECDS",
+}
+_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
 
 class StatusUnavailableError(RuntimeError):
@@ -33,6 +40,9 @@ def fetch_status(address: Address) -> dict[str, Any]:
 
 def format_status(status: Mapping[str, Any]) -> str:
     """Write a status for people: a table of objects, one of proxies, and everything that needs attention."""
+    now = datetime.fromisoformat(status["time"])
+    has = {name for p in status["proxies"] for name in p["types"]}
+    types = {**_TYPES, **{name: short for name, short in _RARE_TYPES.items() if name in has}}
     parts = [
         _table(
             ["KIND", "NAMESPACE", "NAME", "HOST", "STATE", "PROXIES"],
@@ -43,14 +53,27 @@ def format_status(status: Mapping[str, Any]) -> str:
             "No objects.",
         ),
         _table(
-            ["PROXY", "ENVOY", *_TYPES.values(), "CONNECTED SINCE"],
+            ["PROXY", "ENVOY", *types.values(), "CONNECTED"],
             [
-                [_name(p["node_id"]), p["version"], *_states(p["types"]), p["connected_since"]]
+                [
+                    _name(p["node_id"]),
+                    p["version"],
+                    *(_state(p["types"].get(name), now) for name in types),
+                    _ago(p["connected_since"], now),
+                ]
                 for p in status["proxies"]
             ],
             "No proxy is connected.",
         ),
     ]
+    behind = [
+        f"{_name(p['node_id'])}: {types.get(name, name)} {_state(of, now)}: {reason}"
+        for p in status["proxies"]
+        for name, of in p["types"].items()
+        for reason in _reasons(of)
+    ]
+    if behind:
+        parts.append("\n".join(["NOT IN SYNC", *behind]))
     if status["problems"]:
         parts.append("\n".join(["PROBLEMS", *status["problems"]]))
     return "\n\n".join(parts)
@@ -62,8 +85,30 @@ def _name(node_id: str) -> str:
     return parts[2] if len(parts) == 4 else node_id  # noqa: PLR2004 - type, address, name, domain
 
 
-def _states(types: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [types[name]["state"] if name in types else "-" for name in _TYPES]
+def _state(of: Mapping[str, Any] | None, now: datetime) -> str:
+    """Return `SYNCED`, or for how long it is something else: `NACK 5m`."""
+    if of is None:
+        return "-"
+    return str(of["state"]) if of["state"] == "SYNCED" else f"{of['state']} {_ago(of['since'], now)}"
+
+
+def _reasons(of: Mapping[str, Any]) -> Iterator[str]:
+    """Say why a type of a proxy is not in sync."""
+    if of["state"] == "NACK":
+        error = of["error"]
+        what = ", ".join(of["refused"] or error["names"]) or "what it was sent"
+        yield f"it keeps what it had instead of {what}: {error['detail']}"
+    elif of["state"] == "STALE":
+        yield (
+            f"{of['unanswered']} sent and not answered" if of["unanswered"] else "something waits to be sent"
+        )
+
+
+def _ago(time: str, now: datetime) -> str:
+    """Return how long ago something was, in its largest unit: `5m`."""
+    seconds = max(0, int((now - datetime.fromisoformat(time)).total_seconds()))
+    unit, length = next((each for each in _UNITS if seconds >= each[1]), _UNITS[-1])
+    return f"{seconds // length}{unit}"
 
 
 def _table(headers: list[str], rows: list[list[str]], nothing: str) -> str:

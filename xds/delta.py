@@ -64,7 +64,7 @@ class DeltaSubscription(Subscription):
         self._forget_refusals()
         while self._isolated:
             point = self.point if self.point is not ORIGIN else phase.newest
-            changes = self._differences(self._isolated.popleft(), point[self.type_url], phase)
+            changes = self._differences(self._isolated.popleft(), point, phase)
             if changes:
                 return self._send(changes, phase)
         answers = self._answer(self.forced, phase) if self.forced else {}
@@ -76,7 +76,7 @@ class DeltaSubscription(Subscription):
             shared = self._shared(new, phase) if self._plain() and not changes else None
             names = set() if shared is not None else self._candidates(new) - changes.keys()
             if names:
-                changes |= self._differences(names, new, phase)
+                changes |= self._differences(names, phase.target, phase)
             due, self.unanswered = self.unanswered, False
             self.point = phase.target
             self._tip = new
@@ -151,6 +151,7 @@ class DeltaSubscription(Subscription):
         names = set(changed) if self.wildcard else self.names & changed
         names |= self._dirty
         names |= self.deferred.keys()
+        names |= self.kept
         return names
 
     def _plain(self) -> bool:
@@ -175,7 +176,7 @@ class DeltaSubscription(Subscription):
                 return None
             response = self._encode({name: new.get(name) for name in sorted(names)}, phase.target)
             phase.target.shared[key] = response
-        if response.removes and phase.removable < phase.target.sequence:
+        if response.removes and (phase.target.incomplete or phase.removable < phase.target.sequence):
             return None
         adds = any(name not in old for name in response.changes)
         return Pending(response, phase.target.sequence, origin=old, target=new, adds=adds)

@@ -17,7 +17,7 @@ No I/O and no clock in here.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
 from xds.resources import Resource, encode_field
@@ -30,12 +30,34 @@ MAX_DETAIL: Final = 1024
 class Response:
     """An encoded response and what it does to the client that accepts it."""
 
-    __slots__ = ("__weakref__", "accepted", "changes", "data", "endpoints", "nonce", "number", "removes")
+    __slots__ = (
+        "__weakref__",
+        "accepted",
+        "changes",
+        "data",
+        "endpoints",
+        "nonce",
+        "number",
+        "removes",
+        "type_url",
+        "version",
+    )
 
-    def __init__(self, data: bytes, number: int, changes: Mapping[str, Resource | None]) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        number: int,
+        changes: Mapping[str, Resource | None],
+        *,
+        type_url: str,
+        version: str,
+    ) -> None:
         self.data = data
         self.number = number
         self.nonce = nonce_of(number)
+        self.type_url = type_url
+        self.version = version
+        """Of all resources of the type."""
         self.changes = changes
         """Per name what the client has afterwards (None: nothing)."""
         self.removes = any(resource is None for resource in changes.values())
@@ -52,10 +74,12 @@ def nonce_of(number: int) -> str:
 class Point:
     """What the proxies of a group should have, at one step of its history; the sequence grows."""
 
-    __slots__ = ("_sets", "sequence", "shared", "variants")
+    __slots__ = ("_sets", "incomplete", "sequence", "shared", "variants")
 
-    def __init__(self, sequence: int, sets: Mapping[str, ResourceSet]) -> None:
+    def __init__(self, sequence: int, sets: Mapping[str, ResourceSet], *, incomplete: bool = False) -> None:
         self.sequence = sequence
+        self.incomplete = incomplete
+        """Proxies may rightly have more than this (`Snapshot.incomplete`)."""
         self._sets = sets
         self.shared: WeakValueDictionary[Hashable, Response] = WeakValueDictionary()
         """Responses that several streams can use; each lives until the last client answered it."""
@@ -117,11 +141,30 @@ class Refusal:
     """The proxy that refused it first."""
 
 
+class Archive(Protocol):
+    """Remembers what stands in for refused versions, for other groups, replicas and later processes."""
+
+    def put(self, refused: tuple[str, str, str], good: Resource) -> None:
+        """Remember the version that was accepted last for a refused one (type URL, name, version)."""
+
+    def get(self, refused: tuple[str, str, str]) -> Resource | None:
+        """Return it, if it is known."""
+
+
 class Group:
     """The shared state of the proxies that get the same snapshot."""
 
-    def __init__(self, key: Hashable, snapshot: Snapshot, *, identifier: str, numbers: Iterator[int]) -> None:
+    def __init__(
+        self,
+        key: Hashable,
+        snapshot: Snapshot,
+        *,
+        identifier: str,
+        numbers: Iterator[int],
+        archive: Archive | None = None,
+    ) -> None:
         self.key = key
+        self._archive = archive
         self.point = ORIGIN
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.wakers: set[Callable[[], None]] = set()
@@ -138,16 +181,16 @@ class Group:
         for type_url in {*snapshot, *self._snapshot}:
             old, new = self._snapshot[type_url], snapshot[type_url]
             sets[type_url] = new if new.changed(old) else old
-        self._snapshot = Snapshot.from_sets(sets)
+        self._snapshot = Snapshot.from_sets(sets, incomplete=snapshot.incomplete)
         for (type_url, name), refusal in list(self.refusals.items()):
             if not self.has(refusal):
                 del self.refusals[type_url, name]
         self._step()
 
     def has(self, refusal: Refusal) -> bool:
-        """Whether the refused version is still the one that the proxies should have."""
-        resource = self._snapshot[refusal.type_url].get(refusal.name)
-        return resource is not None and resource.version == refusal.version
+        """Whether the refused version is still the one that the proxies should have, or stands in for it."""
+        resources = (of[refusal.type_url].get(refusal.name) for of in (self._snapshot, self.point))
+        return any(resource is not None and resource.version == refusal.version for resource in resources)
 
     def stands(self, refusal: Refusal) -> bool:
         """Whether the refusal of one proxy still counts: by quarantine, or because others accept the version.
@@ -163,14 +206,22 @@ class Group:
     def refuse(self, refusal: Refusal, fallback: Resource | None) -> None:
         """Put a resource into quarantine, unless it is of the past or a proxy of the group accepted it.
 
-        `fallback` is what the refusing proxy has instead; it counts if nothing better is known.
+        `fallback` is what the refusing proxy has instead; it counts if nothing better is known. After that,
+        the archive is asked.
         """
         good = self._good_of(refusal.type_url)
         last = good.get(refusal.name)
         if not self.has(refusal) or (last is not None and last.version == refusal.version):
             return
-        if last is None and fallback is not None and fallback.delta_frame:
-            good.own[refusal.name] = fallback
+        refused = (refusal.type_url, refusal.name, refusal.version)
+        if last is None:
+            last = fallback if fallback is not None and fallback.delta_frame else None
+            if last is None and self._archive is not None:
+                last = self._archive.get(refused)
+            if last is not None:
+                good.own[refusal.name] = last
+        if last is not None and self._archive is not None:
+            self._archive.put(refused, last)
         self.refusals[refusal.type_url, refusal.name] = refusal
         self._step()
 
@@ -209,7 +260,7 @@ class Group:
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts += [encode_field(6, name.encode()) for name, resource in changes.items() if resource is None]
         parts.append(encode_field(7, self._control_plane))
-        return Response(b"".join(parts), number, changes)
+        return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
 
     def encode_sotw(
         self,
@@ -225,7 +276,7 @@ class Group:
         parts.append(encode_field(4, type_url.encode()))
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts.append(encode_field(6, self._control_plane))
-        return Response(b"".join(parts), number, changes)
+        return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
 
     def _good_of(self, type_url: str) -> Holding:
         return self._good.setdefault(type_url, Holding())
@@ -241,7 +292,12 @@ class Group:
             current = self.point[type_url]
             new = self._snapshot[type_url].replace(replacements.get(type_url, {}))
             sets[type_url] = new if new.changed(current) else current
-        if self.point is ORIGIN or any(self.point[type_url] is not new for type_url, new in sets.items()):
-            self.point = Point(next(self._numbers), sets)
+        incomplete = self._snapshot.incomplete
+        if (
+            self.point is ORIGIN
+            or incomplete is not self.point.incomplete
+            or any(self.point[type_url] is not new for type_url, new in sets.items())
+        ):
+            self.point = Point(next(self._numbers), sets, incomplete=incomplete)
             for wake in self.wakers:
                 wake()

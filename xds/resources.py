@@ -32,6 +32,9 @@ consistency")."""
 WILDCARD_TYPES: Final = frozenset({CDS, LDS, SRDS})
 """Types of which a client gets all when it names none. Envoy asks for scoped routes in this way, too."""
 
+REFERRING_TYPES: Final = frozenset({LDS, SRDS, RDS})
+"""Types that put the many together; the others stand for themselves."""
+
 
 def encode_field(number: int, payload: bytes) -> bytes:
     """Encode a length-delimited protobuf field (string, bytes or message)."""
@@ -81,11 +84,18 @@ class Resource:
             name = str(getattr(message, "cluster_name" if type_url == EDS else "name"))
         content = message.SerializeToString(deterministic=True)
         body = encode_field(1, type_url.encode()) + encode_field(2, content)
+        endpoints = _endpoints(message) if type_url == CDS else ""
+        return cls.of_body(type_url, name, body, held=held, endpoints=endpoints)
+
+    @classmethod
+    def of_body(
+        cls, type_url: str, name: str, body: bytes, *, held: bool = False, endpoints: str = ""
+    ) -> "Resource":
+        """Make a resource of an encoded `google.protobuf.Any`."""
         version = hashlib.sha256(body).hexdigest()[:16]
         frame = encode_field(
             2, encode_field(3, name.encode()) + encode_field(1, version.encode()) + encode_field(2, body)
         )
-        endpoints = _endpoints(message) if type_url == CDS else ""
         return cls(type_url, name, version, held, endpoints, frame, len(body))
 
     @classmethod

@@ -7,6 +7,7 @@ response when the transport took the last one, so a slow client holds one messag
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from google.protobuf.message import DecodeError
 
 from xds import protos
 from xds.delta import DeltaSubscription
-from xds.group import MAX_DETAIL, Group, Refusal
-from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, SRDS
+from xds.group import Archive, Group, Refusal
+from xds.nack import nack_text
+from xds.observer import Observer, Progress
+from xds.resources import CDS, ECDS, EDS, LDS, PUSH_ORDER, RDS, SDS, SRDS, Resource
 from xds.snapshot import Snapshot
 from xds.sotw import SotwSubscription
 from xds.status import ProxyStatus, type_status
@@ -47,10 +50,6 @@ OPTIONS: Final = (
     # initial_resource_versions of 60,000 names are 4.6 MB, and gRPC's own limit is 4 MB.
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_concurrent_streams", 1 << 20),
-    # A half-open connection is noticed only with the time-out of the ping (seen with grpcio 1.85).
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # So that proxies spread over replicas again. gRPC varies the age by a tenth either way.
@@ -84,11 +83,38 @@ class NodeRejected(Exception):  # noqa: N818 - it is no error of this program
         self.status = grpc.StatusCode.PERMISSION_DENIED if forbidden else grpc.StatusCode.INVALID_ARGUMENT
 
 
+class Unauthenticated(NodeRejected):
+    """Raised by `Authenticator.authenticate` for a peer that proves nothing; the text goes to the peer."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.status = grpc.StatusCode.UNAUTHENTICATED
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who opened a stream, as far as its connection tells; the names are of its verified certificate."""
+
+    address: str
+    uris: tuple[str, ...] = ()
+    dns_names: tuple[str, ...] = ()
+
+
+class Authenticator(Protocol):
+    """Decides who a peer is; asked once for each stream, when its first request is there."""
+
+    async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> object:
+        """Return the identity for `SnapshotSource.group`. Raises NodeRejected; `metadata` is secret."""
+
+
 class SnapshotSource(Protocol):
     """Where the server learns what a proxy should have."""
 
-    def group(self, node: Node) -> Hashable:
-        """Return which snapshot this proxy gets. Raises NodeRejected."""
+    def group(self, node: Node, identity: object) -> Hashable:
+        """Return which snapshot this proxy gets. Raises NodeRejected.
+
+        `node` is what the proxy claims, `identity` what the Authenticator made of it (None without one).
+        """
 
     def snapshot(self, group: Hashable) -> Snapshot:
         """Return the current snapshot of a group; asked when the first proxy of a group connects."""
@@ -106,13 +132,37 @@ class ManagementServer:
     """Keeps every connected proxy on the newest good version of its group's snapshot.
 
     All methods belong to the event loop that `start` ran in. `identifier` is what Envoy shows as the
-    statistic `control_plane.identifier`.
+    statistic `control_plane.identifier`. A peer from which nothing came for `keepalive_time` seconds is sent
+    a ping, and is dropped if it does not answer it within `keepalive_timeout` seconds.
     """
 
-    def __init__(self, source: SnapshotSource, *, identifier: str) -> None:
+    def __init__(
+        self,
+        source: SnapshotSource,
+        *,
+        identifier: str,
+        authenticator: Authenticator | None = None,
+        archive: Archive | None = None,
+        observer: Observer | None = None,
+        keepalive_time: float = 30,
+        keepalive_timeout: float = 10,
+    ) -> None:
         self.on_change: Callable[[], None] | None = None
         """Called after everything that changes `proxies()` or `refusals()`; it should be quick."""
         self._source = source
+        self._authenticator = authenticator
+        self._archive = archive
+        self.observer = observer or Observer()
+        self.change_began: float | None = None
+        """While a change is being published: when it began (`time.monotonic`)."""
+        time_ms, timeout_ms = round(keepalive_time * 1000), round(keepalive_timeout * 1000)
+        self._options = (
+            *OPTIONS,
+            ("grpc.keepalive_time_ms", time_ms),
+            ("grpc.keepalive_timeout_ms", timeout_ms),
+            # A half-open connection is noticed only with the time-out of the ping (seen with grpcio 1.85).
+            ("grpc.http2.ping_timeout_ms", timeout_ms),
+        )
         self._identifier = identifier
         self._numbers: Iterator[int] = count(1)
         self._groups: dict[Hashable, Group] = {}
@@ -121,12 +171,12 @@ class ManagementServer:
         self._stopping = False
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, address: str) -> int:
-        """Listen on `address` (`host:port`, port 0: any) without TLS; return the port.
+    async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Listen on `address` (`host:port`, port 0: any), without TLS if no credentials; return the port.
 
         Raises RuntimeError if that address cannot be had.
         """
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=self._options)
         for service, (methods, type_url) in SERVICES.items():
             handlers = {
                 f"Stream{methods}": grpc.stream_stream_rpc_method_handler(
@@ -135,7 +185,10 @@ class ManagementServer:
                 f"Delta{methods}": grpc.stream_stream_rpc_method_handler(self._handler(type_url, delta=True)),
             }
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        port = self._server.add_insecure_port(address)
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
         await self._server.start()
         return port
 
@@ -151,11 +204,16 @@ class ManagementServer:
         if self._server is not None:
             await self._server.stop(grace=0.5)
 
-    def publish(self, snapshots: Mapping[Hashable, Snapshot]) -> None:
-        """Make these the newest snapshots of their groups; groups that no proxy asked for are skipped."""
+    def publish(self, snapshots: Mapping[Hashable, Snapshot], *, began: float | None = None) -> None:
+        """Make these the newest snapshots of their groups; groups that no proxy asked for are skipped.
+
+        `began` is when the change that they come from was noticed (`time.monotonic`).
+        """
+        self.change_began = began
         for key, snapshot in snapshots.items():
             if key in self._groups:
                 self._groups[key].publish(snapshot)
+        self.change_began = None
         self.changed()
 
     def groups(self) -> list[Hashable]:
@@ -171,6 +229,12 @@ class ManagementServer:
         """Return the state of each stream, ordered by node id."""
         statuses = [connection.status() for connection in self._connections]
         return sorted(statuses, key=lambda status: (status.node_id, status.connected_since))
+
+    def resources(self, key: Hashable) -> list[Resource]:
+        """Return what the proxies of a group should have, with what stands in for what is in quarantine."""
+        point = self._groups[key].point
+        types = sorted(point, key=lambda url: (PUSH_ORDER.index(url) if url in PUSH_ORDER else math.inf, url))
+        return [point[type_url][name] for type_url in types for name in sorted(point[type_url])]
 
     def refusals(self) -> list[Refusal]:
         """Return what is in quarantine."""
@@ -196,23 +260,35 @@ class ManagementServer:
 
         return handle
 
-    def join(self, connection: "_Connection", node: Node) -> Group:
+    async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> object:
+        """Return who a peer is, None if nobody asks. Raises NodeRejected."""
+        if self._authenticator is None:
+            return None
+        return await self._authenticator.authenticate(peer, metadata, node)
+
+    def join(self, connection: "_Connection", node: Node, identity: object) -> Group:
         """Put a stream into the group of its node. Raises NodeRejected."""
-        key = self._source.group(node)
+        key = self._source.group(node, identity)
         group = self._groups.get(key)
         if group is None:
-            group = Group(key, self._source.snapshot(key), identifier=self._identifier, numbers=self._numbers)
+            group = Group(
+                key,
+                self._source.snapshot(key),
+                identifier=self._identifier,
+                numbers=self._numbers,
+                archive=self._archive,
+            )
             self._groups[key] = group
         elif not group.wakers:
             # It may not have been published to while nobody was there.
             group.publish(self._source.snapshot(key))
-        group.wakers.add(connection.wake)
+        group.wakers.add(connection.begin)
         self._connections.add(connection)
         return group
 
     def leave(self, connection: "_Connection", group: Group) -> None:
         """Take a stream out of its group."""
-        group.wakers.discard(connection.wake)
+        group.wakers.discard(connection.begin)
         self._connections.discard(connection)
         self.changed()
 
@@ -237,10 +313,23 @@ class _Connection:
         # Asked for once, at the start: when a client was killed, peer() of its call crashes the process as
         # long as the handler still runs (segmentation fault, seen with grpcio 1.85).
         self._peer = context.peer()
+        names = context.auth_context()
+        self._who = Peer(
+            self._peer,
+            tuple(name.decode(errors="replace") for name in names.get("peer_uri", ())),
+            tuple(name.decode(errors="replace") for name in names.get("peer_dns", ())),
+        )
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._since = time.time()
         self._node: Node
         self._stream: Stream[DeltaSubscription] | Stream[SotwSubscription]
+        self._progress = Progress()
+
+    def begin(self) -> None:
+        """Take notice of a new point of the group."""
+        began = self._server.change_began
+        self._progress.begin(time.monotonic() if began is None else began)
+        self.wake()
 
     def wake(self) -> None:
         """Have the writer look for something to send."""
@@ -258,7 +347,9 @@ class _Connection:
             return
         self._node = _node(request)
         try:
-            group = self._server.join(self, self._node)
+            metadata = dict(self._context.invocation_metadata() or ())
+            identity = await self._server.authenticate(self._who, metadata, self._node)
+            group = self._server.join(self, self._node, identity)
         except NodeRejected as rejected:
             log.warning("proxy rejected", node=self._node.id, peer=self._peer, reason=str(rejected))
             raise _Closed(rejected.status, str(rejected)) from None
@@ -323,15 +414,26 @@ class _Connection:
         clock = asyncio.get_running_loop().time
         while not self._ending:
             self._due.clear()
-            while not self._ending and (response := self._stream.next_response(clock())) is not None:
+            while not self._ending:
+                began = clock()
+                response = self._stream.next_response(began)
+                if response is None:
+                    break
                 await self._context.write(response.data)
+                self._server.observer.pushed(response.type_url, len(response.data), clock() - began)
             if self._ending:
                 return
+            self._note()
             now = clock()
             wake_at = self._stream.wake_at(now)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if wake_at is None else wake_at - now):
                     await self._due.wait()
+
+    def _note(self) -> None:
+        converged = self._progress.note(self._stream.subscriptions, self._stream.group)
+        if converged is not None:
+            self._server.observer.converged(converged)
 
     def _take_in(self, request: Any) -> None:
         """Take in a request. Raises _Closed."""
@@ -340,9 +442,13 @@ class _Connection:
             raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "type_url is required on an aggregated stream")
         if self._type_url and type_url != self._type_url:
             raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, f"this service has only {self._type_url}")
-        error = request.error_detail.message[:MAX_DETAIL] if request.HasField("error_detail") else None
+        detail = request.error_detail
+        error = nack_text(type_url, detail.message) if request.HasField("error_detail") else None
         try:
+            known = type_url in self._stream.subscriptions
             subscription = self._stream.subscription(type_url)
+            if known and request.response_nonce and not subscription.expects(request.response_nonce):
+                self._server.observer.nonce_expired(type_url)
             last_error = subscription.last_error
             if isinstance(subscription, DeltaSubscription):
                 subscription.request(
@@ -366,6 +472,7 @@ class _Connection:
         except TooManyTypesError:
             raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_TYPES} types") from None
         if subscription.last_error is not None and subscription.last_error is not last_error:
+            self._server.observer.rejected(type_url)
             log.warning(
                 "response refused; the proxy keeps its last good configuration",
                 node=self._node.id,
@@ -379,6 +486,7 @@ class _Connection:
 
     def status(self) -> ProxyStatus:
         """Describe this stream."""
+        self._note()
         return ProxyStatus(
             node_id=self._node.id,
             node_cluster=self._node.cluster,
@@ -389,7 +497,7 @@ class _Connection:
             connected_since=self._since,
             peer=self._peer,
             types={
-                type_url: type_status(subscription, self._stream.group)
+                type_url: type_status(subscription, self._stream.group, self._progress.since(type_url))
                 for type_url, subscription in self._stream.subscriptions.items()
             },
         )

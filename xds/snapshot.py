@@ -103,11 +103,15 @@ class Snapshot:
     """All resources for one group of proxies, by type and name.
 
     Building one from all resources compares all of them with the one before; `replace` costs what it changes.
+
+    `incomplete` says that proxies may rightly have more than this: a source cannot be read, and nobody knows
+    what was in it. See `xds.subscription` for what that means.
     """
 
-    __slots__ = ("_sets",)
+    __slots__ = ("_sets", "incomplete")
 
-    def __init__(self, resources: Iterable[Resource] = ()) -> None:
+    def __init__(self, resources: Iterable[Resource] = (), *, incomplete: bool = False) -> None:
+        self.incomplete = incomplete
         by_type: dict[str, dict[str, Resource]] = {}
         for resource in resources:
             if by_type.setdefault(resource.type_url, {}).setdefault(resource.name, resource) != resource:
@@ -117,9 +121,9 @@ class Snapshot:
         self._sets = {type_url: ResourceSet(by_name) for type_url, by_name in by_type.items()}
 
     @classmethod
-    def from_sets(cls, sets: Mapping[str, ResourceSet]) -> Self:
+    def from_sets(cls, sets: Mapping[str, ResourceSet], *, incomplete: bool = False) -> Self:
         """Make a snapshot of sets by type, leaving out empty ones."""
-        snapshot = cls()
+        snapshot = cls(incomplete=incomplete)
         snapshot._sets = {type_url: resources for type_url, resources in sets.items() if resources}
         return snapshot
 
@@ -144,7 +148,7 @@ class Snapshot:
         sets = dict(self._sets)
         for type_url, by_name in changes.items():
             sets[type_url] = self[type_url].replace(by_name)
-        return Snapshot.from_sets(sets)
+        return Snapshot.from_sets(sets, incomplete=self.incomplete)
 
     def diff(self, old: "Snapshot") -> dict[str, frozenset[str]]:
         """Return the names that were added, changed or removed since `old`, by type, of changed types."""

@@ -15,13 +15,14 @@ what resources to return", "Grouping resources into responses", "Deleting resour
 After a NACK of a full set, sets are tried that add parts of what was new to what the client has, each after
 the answer to the one before. Of a client that came with resources of an earlier stream it is not known what
 it has until its first ACK; a trial could remove what is in use, so there is none: it is sent the next set
-when something has changed. (In the delta variant a client tells what it has.)
+when something has changed. (In the delta variant a client tells what it has.) For the same reason it is sent
+no full set, and no route configuration that it has, as long as the snapshot is incomplete.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from xds.group import ORIGIN, Group, Point, Response, nonce_of
+from xds.group import ORIGIN, Group, Point, Response
 from xds.resources import WILDCARD_TYPES, Resource
 from xds.snapshot import EMPTY, ResourceSet
 from xds.subscription import MAX_NAMES, LastError, Pending, Phase, Subscription, TooManyNamesError, split
@@ -61,14 +62,16 @@ class SotwSubscription(Subscription):
         first = not self._started
         self._started = True
         again = False
+        named = set(names)
         if first:
             self.live = self._unknown = bool(version)
+            if version and not self._full:
+                self.held.own = {name: Resource.unknown(self.type_url, name, version) for name in named}
         elif nonce:
             answered = self._answered(nonce, error, wall_time)
-            if nonce != self._nonce:
+            if nonce != self.nonce:
                 return
             again = error is None and not answered
-        named = set(names)
         if len(named) > MAX_NAMES:
             raise TooManyNamesError
         self._subscribe(named, again=again)
@@ -81,7 +84,7 @@ class SotwSubscription(Subscription):
         if self._isolated and self.pending:
             return None
         while self._isolated:
-            changes = self._differences(self._isolated.popleft(), self._tip, phase)
+            changes = self._differences(self._isolated.popleft(), self.point, phase)
             if changes:
                 return (
                     self._send_set(self.held.base.replace(changes), phase)
@@ -105,7 +108,7 @@ class SotwSubscription(Subscription):
         if error is not None:
             self._reject(pending, error, wall_time, PARTS)
             return True
-        if nonce == self._nonce:
+        if nonce == self.nonce:
             # Envoy answers only the latest of several responses that came while it was busy.
             earlier, self.pending = self.pending, []
             for superseded in earlier:
@@ -152,13 +155,15 @@ class SotwSubscription(Subscription):
             return None
         resources = phase.target[self.type_url]
         self.point, self._tip = phase.target, resources
-        if self._unknown and any(not resources[name].delta_frame for name in resources.held):
-            # What is not known here cannot be in the set, and what is not in the set is removed.
-            return None
         want, sent = self._want(resources, phase), self._sent_set
         if self._reported and want.version == self._reported:
             self.held.base, self._reported = want, ""
             self._unknown = self.unanswered = False
+            return None
+        if self._unknown and (
+            phase.target.incomplete or any(not resources[name].delta_frame for name in resources.held)
+        ):
+            # What is not known here cannot be in the set, and what is not in the set is removed.
             return None
         self._reported = ""
         if want.version == self._stuck or (want.version == sent.version and not self.unanswered):
@@ -182,9 +187,9 @@ class SotwSubscription(Subscription):
                 other[name] = sent[name]
         self.deferred = {name: deferral for name, deferral in self.deferred.items() if name in other}
         for name in resources.held:
-            other[name] = self._wanted(name, resources)
+            other[name] = self._wanted(name, phase.target)
         for name in self.refused:
-            other[name] = self._wanted(name, resources)
+            other[name] = self._wanted(name, phase.target)
         if not self.wildcard:
             return self._subset(resources.replace(other))
         key = (self.type_url, resources, frozenset(other.items()))
@@ -244,8 +249,8 @@ class SotwSubscription(Subscription):
         if phase.target is not ORIGIN:
             new = phase.target[self.type_url]
             changed = new.changed(self._tip)
-            names = (set(changed) if self.wildcard else self.names & changed) - changes.keys()
-            changes |= self._differences(names, new, phase)
+            names = (set(changed) if self.wildcard else self.names & changed) | self.kept
+            changes |= self._differences(names - changes.keys(), phase.target, phase)
             due, self.unanswered = self.unanswered, False
             self.point, self._tip = phase.target, new
         if changes or due:
@@ -259,7 +264,3 @@ class SotwSubscription(Subscription):
     def _encode(self, changes: Mapping[str, Resource | None], point: Point) -> Response:
         resources = [resource for resource in changes.values() if resource is not None]
         return self._group.encode_sotw(self.type_url, point[self.type_url].version, resources, changes)
-
-    @property
-    def _nonce(self) -> str:
-        return nonce_of(self._number) if self._number else ""

@@ -26,10 +26,18 @@ class TypeStatus:
     """One resource type at one proxy."""
 
     state: State
+    since: float
+    """When it got into this state, seconds since the epoch."""
     version: str
     """Hash of all resources of the type that the proxies of the group should have (`ResourceSet.version`)."""
     sent: str
     """The version to which the proxy was brought, as far as it subscribed to the type; empty: none yet."""
+    acknowledged: str
+    """The version that the proxy accepted last, or has from an earlier stream; empty: none yet."""
+    nonce_sent: str
+    """Of the latest response; empty: none yet."""
+    nonce_acknowledged: str
+    """Of the response that was accepted last."""
     unanswered: int
     """Responses that the proxy has neither accepted nor refused."""
     subscribed: int | None
@@ -64,20 +72,29 @@ class ProxyStatus:
         return next((state for state in (State.NACK, State.STALE) if state in states), State.SYNCED)
 
 
-def type_status(subscription: DeltaSubscription | SotwSubscription, group: Group) -> TypeStatus:
-    """Describe the state of one subscription."""
+def state_of(subscription: DeltaSubscription | SotwSubscription, group: Group) -> State:
+    """Return the state of one subscription."""
+    if subscription.failing:
+        return State.NACK
     newest = group.point[subscription.type_url]
     reached = subscription.point is not ORIGIN and subscription.point[subscription.type_url] is newest
-    if subscription.failing:
-        state = State.NACK
-    elif subscription.pending or subscription.deferred or not reached:
-        state = State.STALE
-    else:
-        state = State.SYNCED
+    if subscription.pending or subscription.deferred or not reached:
+        return State.STALE
+    return State.SYNCED
+
+
+def type_status(subscription: DeltaSubscription | SotwSubscription, group: Group, since: float) -> TypeStatus:
+    """Describe one subscription, which is in its state since then."""
+    state = state_of(subscription, group)
+    sent = subscription.point[subscription.type_url].version if subscription.point is not ORIGIN else ""
     return TypeStatus(
         state=state,
-        version=newest.version,
-        sent=subscription.point[subscription.type_url].version if subscription.point is not ORIGIN else "",
+        since=since,
+        version=group.point[subscription.type_url].version,
+        sent=sent,
+        acknowledged=sent if state is State.SYNCED else subscription.accepted_version,
+        nonce_sent=subscription.nonce,
+        nonce_acknowledged=subscription.accepted_nonce,
         unanswered=len(subscription.pending),
         subscribed=None if subscription.wildcard else len(subscription.names),
         refused=tuple(sorted(subscription.refused)),

@@ -18,6 +18,10 @@ referred to wait in `deferred`.
 `next_response` computes what is to be sent *now*; it is called when the transport can take a message, so
 there is no queue, and of several changes only the latest is sent.
 
+As long as a snapshot is incomplete, nothing is removed, and of what the client has from an earlier stream
+(of unknown content: perhaps it refers to what is missing here) listeners and routes are not replaced. Both
+are made good (`kept`) when the snapshot is complete again.
+
 What may live here: plain values in, plain values out. No I/O, no clock (the time is an argument), no
 knowledge of what a resource contains.
 """
@@ -28,8 +32,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from xds.group import ORIGIN, Group, Holding, Point, Refusal, Response
-from xds.resources import ECDS, Resource
+from xds.group import ORIGIN, Group, Holding, Point, Refusal, Response, nonce_of
+from xds.resources import ECDS, REFERRING_TYPES, Resource
 from xds.snapshot import EMPTY, ResourceSet
 
 MAX_PENDING: Final = 32
@@ -115,10 +119,16 @@ class Subscription:
         self.waiting_since: float | None = None
         """Since when changes of this type wait for `Phase.target`."""
         self.deferred: dict[str, Deferral] = {}
+        self.kept: set[str] = set()
+        """Names that were left alone because of an incomplete snapshot."""
         self.refused: dict[str, Refusal] = {}
         self.refused_at = math.inf
         """The sequence of the oldest point of which something is refused."""
         self.last_error: LastError | None = None
+        self.accepted_nonce = ""
+        """Of the response that was accepted last."""
+        self.accepted_version = ""
+        """Of all resources of the type, in that response."""
         self.forced: dict[str, None] = {}
         """Names to be answered whatever the client has, in order."""
         self.unanswered = False
@@ -162,6 +172,15 @@ class Subscription:
         """Whether the client refuses something that it should have."""
         return bool(self.refused or self._isolated)
 
+    @property
+    def nonce(self) -> str:
+        """The nonce of the latest response; empty: none yet."""
+        return nonce_of(self._number) if self._number else ""
+
+    def expects(self, nonce: str) -> bool:
+        """Whether a nonce is the latest one, or that of an unanswered response."""
+        return nonce == self.nonce or any(nonce == pending.response.nonce for pending in self.pending)
+
     # What the client has, was sent, and should have.
 
     def sent(self, name: str) -> Resource | None:
@@ -182,11 +201,13 @@ class Subscription:
     def _relevant(self, name: str) -> bool:
         return self.wildcard or name in self.names
 
-    def _wanted(self, name: str, resources: ResourceSet) -> Resource | None:
+    def _wanted(self, name: str, point: Point) -> Resource | None:
         """Return what the client should have: what it has, if that is to be left alone."""
-        resource = resources.get(name)
+        resource = point[self.type_url].get(name)
         if resource is None:
             return None
+        if self._is_left(name, point):
+            return self.sent(name)
         if resource.held:
             return self.sent(name) or (resource if resource.delta_frame else None)
         if self.refused:
@@ -195,6 +216,13 @@ class Subscription:
                 return self.held.get(name)
         return resource
 
+    def _is_left(self, name: str, point: Point) -> bool:
+        """Whether an incomplete point does not change what the client has from an earlier stream."""
+        if not point.incomplete or self.type_url not in REFERRING_TYPES:
+            return False
+        sent = self.sent(name)
+        return sent is not None and not sent.delta_frame
+
     def _answer(self, names: Iterable[str], phase: Phase) -> dict[str, Resource | None]:
         """Return the resources that were asked for.
 
@@ -202,37 +230,43 @@ class Subscription:
         """
         answers = {}
         for name in names:
-            resource = self._wanted(name, phase.target[self.type_url])
+            resource = self._wanted(name, phase.target)
             if resource is None:
-                resource = self._wanted(name, phase.newest[self.type_url])
-            if resource is None or resource.delta_frame:
+                resource = self._wanted(name, phase.newest)
+            if resource is None and phase.newest.incomplete and self.sent(name) is not None:
+                self.kept.add(name)
+            elif resource is None or resource.delta_frame:
                 answers[name] = resource
         return answers
 
-    def _differences(
-        self, names: Iterable[str], resources: ResourceSet, phase: Phase
-    ) -> dict[str, Resource | None]:
+    def _differences(self, names: Iterable[str], point: Point, phase: Phase) -> dict[str, Resource | None]:
         """Return what is to be sent of these names, so that the client has what it should have."""
         differences: dict[str, Resource | None] = {}
         for name in names:
+            self.kept.discard(name)
             if not self._relevant(name):
                 self.deferred.pop(name, None)
                 continue
-            wanted = self._wanted(name, resources)
+            wanted = self._wanted(name, point)
             if wanted is not None:
                 self.deferred.pop(name, None)
                 if wanted.delta_frame and wanted != self.sent(name):
                     differences[name] = wanted
+                elif self._is_left(name, point):
+                    self.kept.add(name)
             elif self.sent(name) is None:
                 self.deferred.pop(name, None)
             elif self._removes(name, phase):
                 differences[name] = None
+            elif phase.target.incomplete:
+                self.kept.add(name)
         return differences
 
     def _removes(self, name: str, phase: Phase) -> bool:
         """Whether to remove a resource now; if not, the removal is deferred."""
-        if self.type_url == ECDS:
+        if self.type_url == ECDS or phase.target.incomplete:
             # Envoy drops the filter configuration of a listener that still wants it (envoy#32823).
+            self.deferred.pop(name, None)
             return False
         deferral = self.deferred.get(name) or Deferral(phase.target.sequence, phase.now)
         if phase.may_remove(deferral):
@@ -264,9 +298,9 @@ class Subscription:
         if len(self.pending) > MAX_PENDING:
             # The nonce of the oldest is forgotten; the answer to the next counts for both.
             first, second = self.pending[:2]
-            merged = Response(
-                b"", second.response.number, {**first.response.changes, **second.response.changes}
-            )
+            changes = {**first.response.changes, **second.response.changes}
+            number, version = second.response.number, second.response.version
+            merged = Response(b"", number, changes, type_url=self.type_url, version=version)
             self.pending[:2] = [Pending(merged, first.sequence, target=second.target, excused=True)]
         return pending.response
 
@@ -288,6 +322,7 @@ class Subscription:
         self._hold(pending)
         self._settle()
         self.live = True
+        self.accepted_nonce, self.accepted_version = pending.response.nonce, pending.response.version
         self._group.accept(self.type_url, pending.response)
 
     def _hold(self, pending: Pending) -> None:

@@ -1,7 +1,8 @@
 """Objects from YAML and JSON files, read again when they change.
 
 A document that cannot be read costs nothing but itself: its object, if it can be told which, stays in its
-last good version; if it cannot be told, nothing is removed at all (design decision 5).
+last good version; if it cannot be told, nothing is removed at all (design decision 5). Until all was readable
+once, in this process or by what `last_good` remembers, the state is `unknown`.
 """
 
 import asyncio
@@ -77,6 +78,8 @@ class FileSource:
         self._files: dict[Path, _File] = {}
         self._objects: dict[ObjectKey, LoadedObject] = {}
         self._held: frozenset[ObjectKey] = frozenset()
+        self._was_complete = last_good is not None and last_good.found
+        """A good version of everything was known once."""
         self._listing = _Listing({}, {})
 
     async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
@@ -91,7 +94,7 @@ class FileSource:
                 continue
             last = state
             yield state
-            if self._last_good:
+            if self._last_good and self._was_complete:
                 self._last_good.put(self._objects.values())
 
     def read(self) -> SourceState:
@@ -155,10 +158,12 @@ class FileSource:
         objects = {item.key: self._same(item) for item in loaded.objects}
         kept: set[ObjectKey] = set()
         held: set[ObjectKey] = set()
+        complete = not incomplete
         missing = {*loaded.invalid, *(self._known() if incomplete else ())} - objects.keys()
         for key in missing:
             version = self._last_version(key)
             if version is None:
+                complete = False
                 # Secrets are not kept on disk: a provider that refers to this one has a key, but not here.
                 incomplete |= key.kind == "Secret"
                 continue
@@ -168,9 +173,15 @@ class FileSource:
                 held.add(key)
         self._objects = {key: objects[key] for key in sorted(objects)}
         self._held = frozenset(held)
+        self._was_complete = self._was_complete or complete
         problems.sort(key=lambda problem: (problem.file, problem.line))
         return SourceState(
-            tuple(self._objects.values()), tuple(problems), frozenset(kept), self._held, incomplete
+            tuple(self._objects.values()),
+            tuple(problems),
+            frozenset(kept),
+            self._held,
+            incomplete,
+            unknown=not self._was_complete,
         )
 
     def _same(self, item: LoadedObject) -> LoadedObject:

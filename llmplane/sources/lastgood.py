@@ -34,8 +34,8 @@ class NoStateDirectoryError(RuntimeError):
     """There is no place for the last good versions; the text says what to set."""
 
 
-def state_file(paths: Sequence[Path]) -> Path:
-    """Return where the state of a set of --config paths lies: below $XDG_STATE_HOME (~/.local/state).
+def state_file(kind: str, paths: Sequence[Path]) -> Path:
+    """Return where some state of a set of --config paths lies: below $XDG_STATE_HOME (~/.local/state).
 
     Raises NoStateDirectoryError.
     """
@@ -44,7 +44,7 @@ def state_file(paths: Sequence[Path]) -> Path:
     except RuntimeError:
         raise NoStateDirectoryError("this user has no home directory: set XDG_STATE_HOME") from None
     name = hashlib.sha256("\0".join(sorted(str(path.absolute()) for path in paths)).encode()).hexdigest()
-    return home / "llmplane" / f"last-good-{name[:16]}.json"
+    return home / "llmplane" / f"{kind}-{name[:16]}.json"
 
 
 class LastGood:
@@ -58,11 +58,14 @@ class LastGood:
         self._records: dict[ObjectKey, tuple[str, str]] = {}
         """The file that an object came from, and its content as JSON."""
         self._digests: dict[ObjectKey, str] = {}
+        self.found = False
+        """Whether good versions of everything were remembered."""
         try:
             records = json.loads(file.read_text(encoding="utf-8"))
             self._records = {
                 ObjectKey(*record["key"]): (record["file"], record["text"]) for record in records
             }
+            self.found = True
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:

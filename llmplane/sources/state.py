@@ -20,6 +20,8 @@ class SourceState:
     """Of these, providers whose key is not known: no key is ever kept on disk."""
     incomplete: bool = False
     """Something cannot be read, and what is missing may be in it."""
+    unknown: bool = False
+    """No good version of what cannot be read is known here, but proxies may have it."""
 
 
 def world_of(state: SourceState, mesh: MeshSettings) -> World:

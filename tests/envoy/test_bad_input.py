@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from llmplane.cli import main
+from llmplane.fakellm import Host
 from llmplane.local import end
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab
 from tests.support.objects import provider
@@ -258,3 +259,59 @@ def test_a_key_of_a_broken_file_is_known_only_to_sidecars_that_have_it(lab: Lab,
 
     lab.apply(dashscope("repaired", key=KEYS[DASHSCOPE]))
     assert [model(lab, host) for host in (DASHSCOPE, OPENAI)] == ["repaired", "404"]
+
+
+@contextmanager
+def killed_without_a_trace(lab: Lab) -> Iterator[None]:
+    """Kill the control plane (-9), and start it after the block where nothing but the files was kept."""
+    with killed(lab):
+        yield
+        shutil.rmtree(lab.mesh.directory / "state")
+
+
+UNKNOWN = "some objects cannot be read, and no good version of them is known here"
+
+
+@pytest.mark.parametrize("broken", [BROKEN, dashscope("bad").replace("host", "hots")], ids=["YAML", "field"])
+def test_a_fresh_container_with_a_broken_file_takes_nothing_from_a_running_sidecar(
+    lab: Lab, config: Path, broken: str
+) -> None:
+    """Models, keys and new clusters of other files arrive; the table of routes is that of before."""
+    lab.apply(dashscope("good"))
+    lab.mesh.apply("other.yaml", moonshot("one"))
+    with killed_without_a_trace(lab):
+        lab.mesh.replace(config / "objects.yaml", broken)
+        lab.mesh.replace(config / "other.yaml", moonshot("two"))
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT)] == ["good", "two"]
+    assert [line for line in status(lab).splitlines() if line.startswith(UNKNOWN)]
+    lab.fake.hosts[MOONSHOT] = Host("sk-rotated")
+    lab.mesh.apply("other.yaml", provider("moonshot", MOONSHOT, "sk-rotated", "three"))
+    assert model(lab, MOONSHOT) == "three"
+    lab.fake.hosts[MOONSHOT] = Host(KEYS[MOONSHOT])
+    lab.mesh.apply("other.yaml", moonshot("four"))
+    lab.mesh.apply("new.yaml", provider("openai", OPENAI, KEYS[OPENAI], "gpt"))
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT, OPENAI)] == ["good", "four", "404"]
+
+    with killed(lab):
+        pass
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT)] == ["good", "four"], "the second start, too"
+
+    lab.apply(dashscope("repaired"))
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT, OPENAI)] == ["repaired", "four", "gpt"]
+    assert "PROBLEMS" not in status(lab)
+    (config / "other.yaml").unlink()
+    eventually(lambda: model(lab, MOONSHOT) == "404")
+
+
+def test_a_sidecar_that_starts_beside_a_broken_file_gets_what_there_is(lab: Lab, config: Path) -> None:
+    """Also what comes later: the mistake in one file holds up no other one."""
+    lab.apply(dashscope("good"))
+    lab.mesh.apply("other.yaml", moonshot("one"))
+    with killed_without_a_trace(lab):
+        lab.mesh.replace(config / "objects.yaml", BROKEN)
+    replace_sidecar(lab)
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT)] == ["404", "one"]
+    lab.mesh.apply("new.yaml", provider("openai", OPENAI, KEYS[OPENAI], "gpt"))
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT, OPENAI)] == ["404", "one", "gpt"]
+    lab.apply(dashscope("repaired"))
+    assert model(lab, DASHSCOPE) == "repaired"

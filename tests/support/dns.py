@@ -3,6 +3,7 @@
 import socketserver
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ class DnsServer:
     records: Mapping[str, Sequence[str]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     """The names that were asked for."""
+    delay: float = 0
+    """Seconds before each answer."""
 
     def answer(self, query: bytes) -> bytes:
         """Return the response to a query."""
@@ -48,9 +51,10 @@ def running_dns_server() -> Iterator[DnsServer]:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             query, socket = self.request
+            time.sleep(state.delay)
             socket.sendto(state.answer(query), self.client_address)
 
-    with socketserver.UDPServer(("127.0.0.1", 0), Handler) as server:
+    with socketserver.ThreadingUDPServer(("127.0.0.1", 0), Handler) as server:
         state.port = server.server_address[1]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

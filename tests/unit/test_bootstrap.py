@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import llmplane.envoy
-from llmplane.bootstrap import ProxySettings, bootstrap
+from llmplane.bootstrap import ProxySettings, XdsCredentials, bootstrap
 from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
 from translator import lua
 from translator.proxy import Proxy, ProxyType
@@ -68,15 +68,13 @@ def test_bootstrap_and_script_are_laid_down_for_this_user_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    directory = runtime_directory("sleep.default-127.0.0.1")
+    directory = runtime_directory("a")
     for each in (directory, directory.parent):
         assert stat.S_IMODE(each.stat().st_mode) == 0o700
     file = lay_down(settings(admin_socket=directory / "admin.sock"), directory)
     scripts = json.loads(file.read_text())["node"]["metadata"]["LUA_SCRIPTS"]
     assert Path(scripts[lua.SCRIPT_SHA256]).read_text() == lua.SCRIPT
-    assert lay_down(settings(), runtime_directory("sleep.default-127.0.0.1")) == file, (
-        "again, as after a restart"
-    )
+    assert lay_down(settings(), runtime_directory("a")) == file, "again, as after a restart"
 
 
 def test_a_socket_whose_path_is_too_long_is_refused_before_envoy_is(tmp_path: Path) -> None:
@@ -84,6 +82,54 @@ def test_a_socket_whose_path_is_too_long_is_refused_before_envoy_is(tmp_path: Pa
         lay_down(settings(admin_socket=Path("/" + "a" * 107)), tmp_path)
     lay_down(settings(admin_socket=Path("/" + "a" * 106)), tmp_path)
     lay_down(settings(admin_socket=Path("/" + "a" * 107), admin_port=9901), tmp_path)
+
+
+# Credentials (tests/envoy/test_auth_envoy.py: what Envoy does with them)
+
+
+def xds_cluster(made: dict[str, Any]) -> dict[str, Any]:
+    (cluster,) = (each for each in made["static_resources"]["clusters"] if each["name"] == "xds-grpc")
+    return dict(cluster)
+
+
+def validated_name(host: str) -> tuple[str | None, Any]:
+    """Return the SNI of the xDS connection, and which name the control plane's certificate must have."""
+    made = bootstrap(settings(xds_host=host, credentials=XdsCredentials(ca_file=Path("/ca.pem"))))
+    tls = xds_cluster(made)["transport_socket"]["typed_config"]
+    validation = tls["common_tls_context"]["combined_validation_context"]["default_validation_context"]
+    return tls.get("sni"), validation["match_typed_subject_alt_names"]
+
+
+def test_without_credentials_there_is_neither_tls_nor_a_token() -> None:
+    made = bootstrap(settings())
+    assert "transport_socket" not in xds_cluster(made)
+    assert "credential_injector" not in json.dumps(made)
+    assert "secrets" not in made["static_resources"]
+
+
+def test_the_control_plane_is_verified_by_ca_and_name() -> None:
+    assert validated_name("llmplane.example.com") == (
+        "llmplane.example.com",
+        [{"san_type": "DNS", "matcher": {"exact": "llmplane.example.com"}}],
+    )
+    for address in ("10.0.0.1", "::1"):  # SNI is for names only (RFC 6066)
+        assert validated_name(address) == (None, [{"san_type": "IP_ADDRESS", "matcher": {"exact": address}}])
+
+
+def test_what_is_laid_down_names_files_that_envoy_watches_and_holds_no_secret(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"their-{name}" for name in ("ca", "cert", "key", "token")}
+    for name, file in files.items():
+        file.write_text(f"content of {name}")
+    credentials = XdsCredentials(*files.values())
+    directory = tmp_path / "run"
+    directory.mkdir()
+    lay_down(settings(credentials=credentials), directory)
+    texts = {file.name: file.read_text() for file in directory.glob("*.json")}
+    assert set(texts) == {"bootstrap.json", "xds-ca.json", "xds-client.json", "xds-token.json"}
+    assert "content of" not in "".join(texts.values())
+    for name in ("xds-ca.json", "xds-client.json", "xds-token.json"):
+        assert str(directory / name) in texts["bootstrap.json"]
+        assert str(tmp_path / "their-") in texts[name]
 
 
 # Which Envoy

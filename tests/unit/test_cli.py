@@ -32,6 +32,7 @@ spec:
         model: qwen-1.8b-chat
         apiKey: ${ API_KEY of dashscope}
 """
+SECURE = ["serve", "--config", ".", "--xds-cert-file", __file__, "--xds-key-file", __file__]
 SET = ["--set", "API_KEY of dashscope=sk-secret"]
 
 
@@ -310,8 +311,50 @@ def test_bootstrap_prints_json_with_the_identity_of_the_workload() -> None:
             ["serve", "--config", ".", "--xds-address", "0.0.0.0:18000"],
             (
                 "Error: --xds-address 0.0.0.0:18000: other machines reach it, and xDS carries API keys "
-                "without authentication; give --insecure if only trusted ones can"
+                "without authentication; give --xds-client-ca-file or --xds-token-file, or --insecure if "
+                "only trusted ones can"
             ),
+        ),
+        (
+            [*SECURE, "--admin-address", "0.0.0.0:18080"],
+            (
+                "Error: --admin-address 0.0.0.0:18080: other machines reach it, and it tells objects and "
+                "proxies; give --insecure if only trusted ones can"
+            ),
+        ),
+        (
+            ["serve", "--config", ".", "--xds-cert-file", __file__],
+            "Error: --xds-cert-file and --xds-key-file belong together",
+        ),
+        (
+            ["serve", "--config", ".", "--xds-client-ca-file", __file__],
+            "Error: --xds-client-ca-file needs --xds-cert-file: it is for mutual TLS",
+        ),
+        (
+            ["serve", "--config", ".", "--xds-address", "0.0.0.0:18000", "--xds-token-file", __file__],
+            "Error: --xds-token-file needs --xds-cert-file: tokens travel in clear without TLS",
+        ),
+        (
+            [*SECURE, "--xds-address", "0.0.0.0:18000", "--xds-client-ca-file", __file__],
+            f"Error: {__file__}: has no certificate in PEM form",
+        ),
+        (
+            ["bootstrap", "sidecar", "--workload", "a", "--xds-ca-file", "ca", "--xds-client-key-file", "k"],
+            "Error: --xds-client-cert-file and --xds-client-key-file belong together",
+        ),
+        (
+            [
+                *["bootstrap", "sidecar", "--workload", "a"],
+                *["--xds-client-cert-file", "c", "--xds-client-key-file", "k"],
+            ],
+            "Error: --xds-client-cert-file needs --xds-ca-file: it is for mutual TLS",
+        ),
+        (
+            [
+                *["bootstrap", "sidecar", "--workload", "a"],
+                *["--xds-address", "llmplane:18000", "--xds-token-file", "t"],
+            ],
+            "Error: --xds-token-file needs --xds-ca-file: tokens travel in clear without TLS",
         ),
         (
             ["serve", "--config", ".", "--connect-to", "a:443:b"],
@@ -402,6 +445,15 @@ def test_serve_logs_json_lines_and_ends_by_a_signal(folder: Path, number: signal
                 process.send_signal(number)
         assert process.wait(10) == 0
     assert events == ["published", "serving", "stopped"]
+
+
+def test_a_proxy_whose_credentials_are_missing_is_told_before_envoy_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    monkeypatch.setattr(llmplane.cli, "find_envoy", lambda: Path("/bin/true"))
+    text = error_of("proxy", "sidecar", "--workload", "sleep", "--xds-token-file", "token")
+    assert text == f"Error: {folder}/token: cannot be read: No such file or directory"
 
 
 def test_without_an_envoy_the_way_to_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,6 +301,36 @@ def test_nothing_on_the_disk_holds_a_key(config: Path, state: Path) -> None:
     assert names(restarted(config, state).read()) == ["a", "b"]
 
 
+def test_without_a_kept_state_it_is_unknown_what_cannot_be_read(config: Path, state: Path) -> None:
+    """A fresh container. What it learns meanwhile is no replacement: it is not kept as a whole."""
+    for broken in (BROKEN, DASHSCOPE.replace("host", "hots")):
+        write(config, a=broken, b=MOONSHOT)
+        source = restarted(config, state)
+        assert source.read().unknown
+        assert restarted(config, state).read().unknown
+    write(config, a=DASHSCOPE)
+    assert not source.read().unknown
+    write(config, a=BROKEN)
+    after = source.read()
+    assert not after.unknown, "its good version is known from now on"
+    assert names(after) == ["dashscope", "moonshot"]
+
+
+async def test_an_unknown_state_is_not_kept_on_disk(config: Path, state: Path) -> None:
+    """The next start would take it for all that there was."""
+    stop = asyncio.Event()
+    write(config, a=BROKEN, b=MOONSHOT)
+    async for seen in restarted(config, state).states(stop):
+        if not seen.unknown:
+            stop.set()
+            continue
+        assert not state.exists()  # noqa: ASYNC240 - nobody waits
+        write(config, a=DASHSCOPE)
+    assert not restarted(config, state).read().unknown
+    write(config, a=BROKEN)
+    assert names(restarted(config, state).read()) == ["dashscope", "moonshot"]
+
+
 def test_a_secret_that_is_broken_after_a_restart_leaves_the_state_incomplete(
     config: Path, state: Path
 ) -> None:
@@ -351,20 +381,20 @@ def test_where_nothing_can_be_kept_a_warning_says_so(config: Path, tmp_path: Pat
 
 def test_each_set_of_paths_has_a_state_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
-    one, other = state_file([Path("/one")]), state_file([Path("/other")])
+    one, other = state_file("kind", [Path("/one")]), state_file("kind", [Path("/other")])
     assert one != other
     assert one.parent == Path("/state/llmplane")
-    assert state_file([Path("/a"), Path("/b")]) == state_file([Path("/b"), Path("/a")])
+    assert state_file("kind", [Path("/a"), Path("/b")]) == state_file("kind", [Path("/b"), Path("/a")])
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert state_file([]).is_relative_to("/home/somebody/.local/state")
+    assert state_file("kind", []).is_relative_to("/home/somebody/.local/state")
 
     def no_home() -> Path:
         raise RuntimeError("no home")
 
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(NoStateDirectoryError, match="set XDG_STATE_HOME"):
-        state_file([])
+        state_file("kind", [])
 
 
 # How a change is noticed

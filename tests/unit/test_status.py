@@ -1,36 +1,34 @@
 """`llmplane status` in words for people, and what it is made of."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from structlog.testing import capture_logs
 
 from llmplane.address import Address
-from llmplane.admin import AdminServer
-from llmplane.controlplane import ControlPlane
-from llmplane.local import free_port
-from llmplane.sources.files import FileSource
 from llmplane.status import StatusUnavailableError, fetch_status, format_status
+from tests.support.control_plane import NODE, RunningControlPlane
 from tests.support.objects import backends, provider, route
-from translator.world import MeshSettings
-from xds import protos
 from xds.resources import CDS
 
-EMPTY = {"revision": 1, "objects": [], "proxies": [], "problems": []}
+NOW = "2026-01-01T02:00:00+00:00"
+EMPTY = {"time": NOW, "revision": 1, "objects": [], "proxies": [], "problems": []}
 
 
 def test_nothing_at_all() -> None:
     assert format_status(EMPTY) == "No objects.\n\nNo proxy is connected."
 
 
+def of(state: str, since: str = NOW, **fields: Any) -> dict[str, Any]:
+    """Return a resource type of a proxy, as far as it matters."""
+    return {"state": state, "since": since, "unanswered": 0, "refused": [], "error": None, **fields}
+
+
 def test_objects_proxies_and_problems() -> None:
-    synced = {"state": "SYNCED"}
+    refused = {"detail": "Invalid path: /nowhere/ca.pem", "names": ["a", "b"], "since": NOW}
     status = {
+        "time": NOW,
         "objects": [
             {
                 "kind": "LLMProvider",
@@ -53,11 +51,11 @@ def test_objects_proxies_and_problems() -> None:
             {
                 "node_id": "sidecar~127.0.0.1~sleep-1.default~default.svc.cluster.local",
                 "version": "1.40.0",
-                "connected_since": "2026-01-01T00:00:00+00:00",
+                "connected_since": "2025-12-30T00:00:00+00:00",
                 "types": {
-                    "Cluster": {"state": "NACK"},
-                    "Listener": synced,
-                    "RouteConfiguration": {"state": "STALE"},
+                    "Cluster": of("NACK", "2026-01-01T01:55:00+00:00", refused=["a"], error=refused),
+                    "Listener": of("SYNCED"),
+                    "RouteConfiguration": of("STALE", "2026-01-01T01:59:48+00:00", unanswered=1),
                 },
             }
         ],
@@ -70,59 +68,35 @@ def test_objects_proxies_and_problems() -> None:
         "LLMProvider  default      dashscope  dashscope.aliyuncs.com  last good version  1/1",
         "LLMRoute     default      chat       *                       OK                 0/1",
         "",
-        "PROXY            ENVOY    CDS    LDS     RDS    SDS    CONNECTED SINCE",
-        "sleep-1.default  1.40.0   NACK   SYNCED  STALE  -      2026-01-01T00:00:00+00:00",
+        "PROXY            ENVOY    CDS      LDS     RDS        SDS    CONNECTED",
+        "sleep-1.default  1.40.0   NACK 5m  SYNCED  STALE 12s  -      2d",
+        "",
+        "NOT IN SYNC",
+        "sleep-1.default: CDS NACK 5m: it keeps what it had instead of a: Invalid path: /nowhere/ca.pem",
+        "sleep-1.default: RDS STALE 12s: 1 sent and not answered",
         "",
         "PROBLEMS",
         "a.yaml:1: LLMProvider default/dashscope: spec.hots: unknown field, did you mean 'host'?",
     ]
 
 
+def test_types_that_few_proxies_have_are_a_column_where_one_has_them() -> None:
+    proxy = {"node_id": "p", "version": "1.40.0", "connected_since": NOW}
+    waiting = {**proxy, "types": {"ScopedRouteConfiguration": of("STALE", "2026-01-01T01:00:00+00:00")}}
+    text = format_status({**EMPTY, "proxies": [waiting]})
+    assert text.splitlines()[2:] == [
+        "PROXY    ENVOY    CDS    LDS    RDS    SDS    SRDS      CONNECTED",
+        "p        1.40.0   -      -      -      -      STALE 1h  0s",
+        "",
+        "NOT IN SYNC",
+        "p: SRDS STALE 1h: something waits to be sent",
+    ]
+
+
 # The control plane's own view, without an Envoy
 
 
-class Running:
-    """A control plane on files, and a proxy that is a few lines of gRPC."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.admin = Address("127.0.0.1", free_port())
-        self.xds = Address("127.0.0.1", free_port())
-        self._revision = 0
-
-    async def status(self) -> dict[str, Any]:
-        return await asyncio.to_thread(fetch_status, self.admin)
-
-    async def apply(self, *documents: str) -> dict[str, Any]:
-        """Write the objects, and return the status with them."""
-        before = (await self.status())["revision"]
-        new = self.folder / ".new"
-        new.write_text("\n---\n".join(documents) or "# none\n")
-        new.replace(self.folder / "a.yaml")
-        async with asyncio.timeout(20):
-            while (status := await self.status())["revision"] == before:  # noqa: ASYNC110 - asked over the network
-                await asyncio.sleep(0.01)
-        return status
-
-
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    running, stop = Running(tmp_path), asyncio.Event()
-    control_plane = ControlPlane(FileSource([tmp_path], {}), MeshSettings())
-    task = asyncio.create_task(control_plane.run(running.xds, running.admin, stop))
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                if (await running.status())["revision"]:
-                    break
-            except StatusUnavailableError:
-                await asyncio.sleep(0.01)
-    yield running
-    stop.set()
-    await task
-
-
-async def test_a_status_without_problems(running: Running) -> None:
+async def test_a_status_without_problems(running: RunningControlPlane) -> None:
     status = await running.apply(
         provider("a", "a.example.com"), "{apiVersion: v1, kind: Secret, metadata: {name: s}}"
     )
@@ -143,7 +117,9 @@ async def test_a_status_without_problems(running: Running) -> None:
     }
 
 
-async def test_a_condition_that_is_not_met_is_a_state_and_a_problem_with_its_place(running: Running) -> None:
+async def test_a_condition_that_is_not_met_is_a_state_and_a_problem_with_its_place(
+    running: RunningControlPlane,
+) -> None:
     status = await running.apply(route("r", "r.example.com", {"backendRefs": backends("a.example.com")}))
     (found,) = status["objects"]
     text = (
@@ -155,7 +131,7 @@ async def test_a_condition_that_is_not_met_is_a_state_and_a_problem_with_its_pla
     assert status["problems"] == [f"{running.folder}/a.yaml:1: warning: LLMRoute default/r: {text}"]
 
 
-async def test_the_log_tells_what_is_new_and_what_is_solved(running: Running) -> None:
+async def test_the_log_tells_what_is_new_and_what_is_solved(running: RunningControlPlane) -> None:
     with capture_logs() as logs:
         await running.apply(provider("a", "a.example.com"))
         await running.apply(provider("a", "a.example.com").replace("host", "hots"))
@@ -174,59 +150,51 @@ async def test_the_log_tells_what_is_new_and_what_is_solved(running: Running) ->
     assert events.count(("info", "published")) == 4
 
 
-async def test_what_a_proxy_acknowledged_and_refused_is_in_the_status(running: Running) -> None:
+async def test_what_a_proxy_acknowledged_and_refused_is_in_the_status(running: RunningControlPlane) -> None:
     await running.apply(provider("a", "a.example.com"))
-    node = protos.Node(id="sidecar~127.0.0.1~sleep.default~x", metadata={"NAMESPACE": "default"})
-    method = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
-    async with grpc.aio.insecure_channel(str(running.xds)) as channel:
-        call = channel.stream_stream(method)()
-
-        async def send(**fields: object) -> None:
-            await call.write(protos.DeltaDiscoveryRequest(type_url=CDS, **fields).SerializeToString())
-
-        await send(node=node)
-        first = protos.DeltaDiscoveryResponse.FromString(await call.read())
+    async with running.proxy() as proxy:
+        await proxy.request(CDS)
+        first = await proxy.receive()
         status = await running.status()
         assert status["objects"][0]["programmed"] == "0/1"
-        await send(response_nonce=first.nonce, error_detail={"code": 3, "message": "no such filter"})
-        async with asyncio.timeout(20):
-            while not (status := await running.status())["problems"]:  # noqa: ASYNC110 - asked over the network
-                await asyncio.sleep(0.01)
-        call.cancel()
-    refused = "sidecar~127.0.0.1~sleep.default~x refused outbound|443||a.example.com: no such filter"
+        assert status["proxies"][0]["types"]["Cluster"]["state"] == "STALE"
+        await proxy.nack(first, "no such filter")
+        status = await running.status_when(lambda status: status["problems"])
+    refused = f"{NODE} refused outbound|443||a.example.com: no such filter"
     assert status["problems"] == [f"LLMProvider default/a: {refused}"]
     assert status["objects"][0]["state"] == "Refused"
     assert status["proxies"][0]["state"] == "NACK"
+    clusters = status["proxies"][0]["types"]["Cluster"]
+    assert clusters["refused"] == ["outbound|443||a.example.com"]
+    assert clusters["error"]["detail"] == "no such filter"
+    text = "CDS NACK 0s: it keeps what it had instead of outbound|443||a.example.com: no such filter"
+    assert f"sleep.default: {text}" in format_status({**status, "time": clusters["since"]})
 
 
-# The admin endpoints
+async def test_a_proxy_that_is_in_sync_says_what_it_acknowledged(running: RunningControlPlane) -> None:
+    status = await running.apply(provider("a", "a.example.com"))
+    assert status["objects"][0]["programmed"] == "0/0"
+    async with running.proxy() as proxy:
+        await proxy.request(CDS)
+        answer = await proxy.receive()
+        await proxy.ack(answer)
+        status = await running.status_when(
+            lambda status: [each["state"] for each in status["proxies"]] == ["SYNCED"]
+        )
+    clusters = status["proxies"][0]["types"]["Cluster"]
+    assert clusters["acknowledged"] == clusters["sent"] == clusters["version"] == answer.version
+    assert clusters["nonce_acknowledged"] == clusters["nonce_sent"] == answer.nonce
+    assert clusters["error"] is None
+    assert status["proxies"][0]["version"] == "1.40.0"
 
 
-async def test_the_admin_endpoints() -> None:
-    ready = False
-    server = AdminServer(lambda: EMPTY, lambda: ready)
-    address = await server.start(Address("127.0.0.1", 0))
-
-    async def get(path: str) -> tuple[int, str]:
-        reader, writer = await asyncio.open_connection(*address)
-        writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
-        writer.close()
-        await writer.wait_closed()
-        return int(head.split()[1]), body
-
-    try:
-        assert await get("/healthz") == (200, "ok\n")
-        assert await get("/readyz") == (503, "the sources were not read yet\n")
-        ready = True
-        assert await get("/readyz") == (200, "ok\n")
-        assert json.loads((await get("/debug/status"))[1]) == EMPTY
-        assert (await get("/"))[0] == 404
-        assert await asyncio.to_thread(fetch_status, address) == EMPTY
-    finally:
-        await server.stop()
-    with pytest.raises(StatusUnavailableError, match=f"no llmplane answers at {address}"):
-        await asyncio.to_thread(fetch_status, address)
+async def test_how_long_a_state_lasts_does_not_depend_on_who_looks(running: RunningControlPlane) -> None:
+    await running.apply(provider("a", "a.example.com"))
+    async with running.proxy() as proxy:
+        await proxy.request(CDS)
+        await proxy.receive()
+        states = [(await running.status())["proxies"][0]["types"]["Cluster"] for _ in range(2)]
+    assert states[0] == states[1]
 
 
 async def test_something_else_at_the_address_is_told(unused_tcp_port: int) -> None:

@@ -103,7 +103,7 @@ class World:
         self.server = ManagementServer(self, identifier="server under test")
         self.port = 0
 
-    def group(self, node: Node) -> Hashable:
+    def group(self, node: Node, identity: object) -> Hashable:  # noqa: ARG002
         if node.id.startswith("unwanted"):
             raise NodeRejected("not wanted here", forbidden=True)
         return node.cluster

@@ -3,6 +3,9 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -271,6 +274,82 @@ async def test_X7_client_that_never_reads_delays_nobody(world: World) -> None:
         assert received < 50
 
 
+@dataclass
+class Wire:
+    """A TCP connection to the server that can be cut without a word to either end."""
+
+    server_port: int
+    port: int = 0
+    _alive: asyncio.Event = field(default_factory=asyncio.Event)
+    _writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    def cut(self) -> None:
+        """Stop to carry bytes; nobody is told, as when a machine loses its power."""
+        self._alive.clear()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.server_port)
+        self._writers += [writer, server_writer]
+        await asyncio.gather(self._copy(reader, server_writer), self._copy(server_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                await self._alive.wait()
+                writer.write(data)
+                await writer.drain()
+
+
+@asynccontextmanager
+async def running_wire(server_port: int) -> AsyncIterator[Wire]:
+    wire = Wire(server_port)
+    wire._alive.set()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(wire.carry(reader, writer)))
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    wire.port = listener.sockets[0].getsockname()[1]
+    yield wire
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for writer in wire._writers:
+        writer.transport.abort()
+    listener.close()
+    await listener.wait_closed()
+
+
+@pytest.mark.parametrize("unread", [1, 20_000_000], ids=["idle", "in the middle of a message"])
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_X9_half_open_client_delays_nobody_and_is_dropped(variant: str, unread: int) -> None:
+    world = World()
+    world.server = ManagementServer(world, identifier="test", keepalive_time=1, keepalive_timeout=1)
+    world.port = await world.server.start("127.0.0.1:0")
+    world.server.ready()
+    behind = World()
+    async with running_wire(world.port) as wire, world.delta("good") as good:
+        behind.port = wire.port
+        await good.request(CDS)
+        await good.expect(CDS, {})
+        await good.request(SDS, ["*"])
+        await good.expect(SDS, [])
+        async with getattr(behind, variant)("gone") as gone:
+            await gone.request(SDS, ["*"])
+            await gone.expect(SDS, [])
+            wire.cut()
+            block = {"secret": {"inline_bytes": bytes(unread)}}
+            secret = Resource.of(protos.Secret(name="large", generic_secret=block))
+            world.publish(secret)
+            await good.ack(await good.expect(SDS, [secret]))
+            for content in range(1, 20):
+                world.publish(secret, resource(CDS, "a", content))
+                await good.ack(await good.expect(CDS, {"a": content}))
+            await eventually(lambda: [proxy.node_id for proxy in world.server.proxies()] == ["good"])
+    await world.server.stop()
+
+
 async def test_killed_client_leaves_nothing_behind(world: World) -> None:
     async with world.delta("good") as good:
         await good.request(CDS)
@@ -293,6 +372,12 @@ class DyingCall:
 
     def peer(self) -> str:
         return "peer"
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
 
     async def read(self) -> object:
         if not self.requests:

@@ -18,13 +18,15 @@ from xds.sotw import SotwSubscription
 from xds.stream import PATIENCE, Stream
 from xds.subscription import MAX_NAMES, MAX_PENDING, TooManyNamesError
 
-BAD = 9
-"""Content that the simulated proxies refuse."""
+BAD, ALSO_BAD = 9, 99
+"""Contents that the simulated proxies refuse."""
 TYPES = (CDS, EDS, LDS, RDS, SDS)
 NAMED = (EDS, RDS, SDS)
 LOOP = 500
 """Responses of which no history here needs so many."""
-BAD_VERSIONS = {resource(type_url, name, BAD).version for type_url in TYPES for name in "abcd"}
+BAD_VERSIONS = {
+    resource(type_url, name, bad).version for type_url in TYPES for name in "abcd" for bad in (BAD, ALSO_BAD)
+}
 
 
 def group_of(*published: Resource) -> Group:
@@ -505,3 +507,180 @@ def test_full_set_with_unknown_content_is_not_sent_over_what_a_proxy_has() -> No
     response = owner.next_response(0)
     assert response is not None
     assert response.changes.keys() == {"a", "b"}
+
+
+# While something cannot be read, and nobody knows what was in it
+
+
+def proxy_of_an_earlier_life(group: Group, *before: Resource) -> DeltaProxy:
+    """Return a proxy that comes with resources of another server."""
+    proxy = DeltaProxy(group)
+    for each in before:
+        proxy.has[each.type_url][each.name] = each.version
+        if each.type_url in NAMED:
+            proxy.names[each.type_url].add(each.name)
+    proxy.connect()
+    return proxy
+
+
+def versions_of(*published: Resource) -> dict[tuple[str, str], str]:
+    return {(each.type_url, each.name): each.version for each in published}
+
+
+def has(proxy: DeltaProxy) -> dict[tuple[str, str], str]:
+    return {(url, name): version for url, names in proxy.has.items() for name, version in names.items()}
+
+
+def test_incomplete_snapshot_removes_nothing_and_leaves_routes_and_listeners_alone() -> None:
+    """Routes of another life may lead to what is missing now. Clusters and secrets stand for themselves."""
+    before = [resource(url, name) for url in (CDS, SDS) for name in "ab"]
+    before += [resource(LDS, "in"), resource(RDS, "routes")]
+    changed = [resource(CDS, "a", 2), resource(CDS, "c"), resource(SDS, "a", 2)]
+    changed += [resource(LDS, "in", 2), resource(RDS, "routes", 2)]
+    group = group_of()
+    group.publish(Snapshot(changed, incomplete=True))
+    proxy, newcomer = proxy_of_an_earlier_life(group, *before), DeltaProxy(group)
+    for name in "ab":
+        newcomer.subscribe(SDS, name)
+    newcomer.subscribe(RDS, "routes")
+    for each in (proxy, newcomer):
+        settle(each)
+    expected = versions_of(*before, resource(CDS, "a", 2), resource(CDS, "c"), resource(SDS, "a", 2))
+    assert has(proxy) == expected
+    assert has(newcomer) == versions_of(*changed), "who has nothing gets what there is"
+
+    proxy.subscribe(SDS, "b")
+    group.publish(Snapshot([*changed, resource(CDS, "d")], incomplete=True))
+    settle(proxy)
+    assert has(proxy) == {**expected, **versions_of(resource(CDS, "d"))}
+
+    group.publish(Snapshot(changed))
+    for each in (proxy, newcomer):
+        settle(each)
+        assert has(each) == versions_of(*changed), "now it is known that there is no more"
+
+
+def test_routes_that_this_server_sent_change_while_the_snapshot_is_incomplete() -> None:
+    """It knows what they refer to. Somebody's mistake in another file holds up nobody."""
+    group = group_of()
+    group.publish(Snapshot([resource(RDS, "routes")], incomplete=True))
+    proxy = DeltaProxy(group)
+    proxy.subscribe(RDS, "routes")
+    settle(proxy)
+    group.publish(Snapshot([resource(RDS, "routes", 2), resource(CDS, "a")], incomplete=True))
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(RDS, "routes", 2), resource(CDS, "a"))
+    group.publish(Snapshot([resource(RDS, "routes", 2)], incomplete=True))
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(RDS, "routes", 2), resource(CDS, "a")), "it may be referred to"
+
+
+def test_proxy_that_has_what_there_is_gets_changes_of_an_incomplete_snapshot() -> None:
+    group = group_of()
+    group.publish(Snapshot([resource(RDS, "routes")], incomplete=True))
+    proxy = proxy_of_an_earlier_life(group, resource(RDS, "routes"))
+    settle(proxy)
+    group.publish(Snapshot([resource(RDS, "routes", 2)], incomplete=True))
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(RDS, "routes", 2))
+
+
+def test_removal_that_waits_when_the_snapshot_becomes_incomplete_is_given_up() -> None:
+    proxy = DeltaProxy(group_of(resource(CDS, "a"), resource(CDS, "b"), resource(LDS, "in")))
+    settle(proxy)
+    proxy.group.publish(Snapshot([resource(CDS, "b"), resource(LDS, "in", 2)]))
+    assert proxy.read(), "the listener; the cluster is removed after its ACK"
+    proxy.group.publish(Snapshot([resource(CDS, "b"), resource(LDS, "in", 2)], incomplete=True))
+    settle(proxy)
+    assert proxy.has[CDS].keys() == {"a", "b"}
+    assert not proxy.stream.subscription(CDS).deferred
+    proxy.group.publish(Snapshot([resource(CDS, "b"), resource(LDS, "in", 2)]))
+    settle(proxy)
+    assert proxy.has[CDS].keys() == {"b"}
+
+
+def test_incomplete_full_set_is_not_sent_over_what_a_proxy_has() -> None:
+    """State of the world: what is not in the set is removed. Secrets change, route tables stay."""
+    changed = [
+        resource(CDS, "a", 2),
+        resource(LDS, "in", 2),
+        resource(RDS, "routes", 2),
+        resource(SDS, "a", 2),
+    ]
+    group = group_of()
+    group.publish(Snapshot(changed, incomplete=True))
+    owner = Stream(group, "owner", SotwSubscription)
+    for url, names in ((CDS, ()), (LDS, ()), (RDS, ("routes",)), (SDS, ("a", "b"))):
+        owner.subscription(url).request(names=names, version="from an earlier stream")
+    response = owner.next_response(0)
+    assert response is not None
+    assert list(response.changes.values()) == [resource(SDS, "a", 2)]
+    owner.subscription(SDS).request(names=["a", "b"], nonce=response.nonce)
+    assert owner.next_response(0) is None
+
+    newcomer = SotwProxy(group)
+    newcomer.subscribe(RDS, "routes")
+    newcomer.subscribe(SDS, "a")
+    settle(newcomer)
+    assert has(newcomer) == versions_of(*changed)
+
+    group.publish(Snapshot(changed))
+    sent: list[Resource | None] = []
+    while (response := owner.next_response(0)) is not None:
+        sent += response.changes.values()
+    assert sent == [resource(CDS, "a", 2), resource(LDS, "in", 2), resource(RDS, "routes", 2)]
+
+
+def test_full_set_that_a_proxy_has_is_recognised_in_an_incomplete_snapshot() -> None:
+    group = group_of()
+    group.publish(Snapshot([resource(CDS, "a")], incomplete=True))
+    owner = Stream(group, "owner", SotwSubscription)
+    owner.subscription(CDS).request(version=group.point[CDS].version)
+    assert owner.next_response(0) is None
+    group.publish(Snapshot([resource(CDS, "a", 2)], incomplete=True))
+    response = owner.next_response(0)
+    assert response is not None
+    assert list(response.changes.values()) == [resource(CDS, "a", 2)]
+
+
+class DictArchive(dict[tuple[str, str, str], Resource]):
+    """An `xds.group.Archive` in memory."""
+
+    def put(self, refused: tuple[str, str, str], good: Resource) -> None:
+        self[refused] = good
+
+
+def test_archive_tells_a_later_server_what_stands_in_for_a_refused_version() -> None:
+    """Also for proxies of other groups, and for another replica: they refuse the same version."""
+    archive = DictArchive()
+
+    def group(*published: Resource) -> Group:
+        snapshot = Snapshot(published)
+        return Group("group", snapshot, identifier="test", numbers=count(1), archive=archive)
+
+    proxy = DeltaProxy(group(resource(CDS, "a"), resource(CDS, "b")))
+    settle(proxy)
+    publish(proxy, resource(CDS, "a", BAD), resource(CDS, "b", 2))
+    settle(proxy)
+    assert list(archive.values()) == [resource(CDS, "a")]
+
+    later = DeltaProxy(group(resource(CDS, "a", BAD), resource(CDS, "b", 2)))
+    settle(later)
+    assert has(later) == versions_of(resource(CDS, "a"), resource(CDS, "b", 2))
+    publish(later, resource(CDS, "a", 3), resource(CDS, "b", 2))
+    settle(later)
+    assert has(later) == versions_of(resource(CDS, "a", 3), resource(CDS, "b", 2))
+
+
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_proxy_that_refuses_the_stand_in_as_well_goes_without(variant: type[DeltaProxy]) -> None:
+    """No loop: it is offered once."""
+    bad = resource(CDS, "a", BAD)
+    archive = DictArchive({(CDS, "a", bad.version): resource(CDS, "a", ALSO_BAD)})
+    snapshot = Snapshot([bad, resource(CDS, "b")])
+    proxy = variant(Group("group", snapshot, identifier="test", numbers=count(1), archive=archive))
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(CDS, "b"))
+    publish(proxy, bad, resource(CDS, "b", 2))
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(CDS, "b", 2))

@@ -1,0 +1,326 @@
+"""Who may get configuration: TLS on the xDS port, client certificates, and bearer tokens.
+
+A stream is authenticated when it begins: `FileAuthenticator` makes an `Identity` of what the peer proves,
+and the identity then admits what the peer claims in its node message, or does not (as Istio does in its
+`pilot/pkg/xds/auth.go`). Another way to prove something, such as Kubernetes' TokenReview, is another
+`xds.server.Authenticator` that returns an `Identity`.
+
+All files are read again when the next peer comes, so a change needs no restart. One that cannot be read then
+changes nothing: the last good content stays in use, and the log says so. No text here holds a token.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import grpc
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from pydantic import TypeAdapter, ValidationError
+
+from crds.values import KubernetesName, Namespace
+from llmplane.bootstrap import XdsCredentials
+from translator.proxy import Proxy
+from xds.server import Node, NodeRejected, Peer, Unauthenticated
+
+_LOG = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+EVERY_NAMESPACE = "*"
+_LONGEST_NAME = 320
+"""Characters of NAMESPACE/WORKLOAD; what a peer claims may be any text."""
+_SHORTEST_TOKEN = 16
+"""Characters."""
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+"""RFC 6750, section 2.1."""
+_SPIFFE = re.compile(r"spiffe://[^/]+/ns/([^/]+)/sa/[^/]+")
+"""Istio's form of a SPIFFE ID."""
+_SPIFFE_SCHEME = "spiffe:"
+_SERVICE = "svc"
+_NAMESPACE: TypeAdapter[str] = TypeAdapter(Namespace)
+_NAME: TypeAdapter[str] = TypeAdapter(KubernetesName)
+
+
+class CredentialsError(ValueError):
+    """A file with certificates, keys or tokens cannot be used; the text names it and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Which proxies somebody may be: of a namespace (`*`: all), and of one workload unless that is empty.
+
+    `labels`, if not None, are the labels of the workload: its proxy may claim no other.
+    """
+
+    namespace: str
+    workload: str = ""
+    labels: frozenset[tuple[str, str]] | None = None
+
+    def admits(self, proxy: Proxy) -> bool:
+        """Whether a proxy may be what it claims."""
+        return (
+            self.namespace in (EVERY_NAMESPACE, proxy.namespace)
+            and self.workload in ("", proxy.workload)
+            and (self.labels is None or proxy.labels <= self.labels)
+        )
+
+    def __str__(self) -> str:
+        """Return the form of the token file, without the token."""
+        name = f"{self.namespace}/{self.workload}" if self.workload else self.namespace
+        return " ".join([name, *(f"{key}={value}" for key, value in sorted(self.labels or ()))])
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a peer proved to be. Each of `proofs` says which proxies it may be, and all have to agree."""
+
+    proofs: tuple[tuple[Grant, ...], ...]
+
+    def admit(self, proxy: Proxy) -> Proxy:
+        """Return the proxy that a peer claims to be, with the labels that it has been given.
+
+        Raises NodeRejected (PERMISSION_DENIED) if it may not be that.
+        """
+        claimed = proxy
+        for grants in self.proofs:
+            grant = next((each for each in grants if each.admits(claimed)), None)
+            if grant is None:
+                name = f"{claimed.namespace}/{claimed.workload}"[:_LONGEST_NAME]
+                raise NodeRejected(
+                    f"a proxy of {name} with its labels is not what the credentials are for: "
+                    f"{' or '.join(map(str, grants))}",
+                    forbidden=True,
+                )
+            if grant.labels is not None:  # fewer than it has could evade a policy that selects by label
+                proxy = replace(proxy, labels=grant.labels)
+        return proxy
+
+
+class _Watched(Generic[_T]):
+    """What files mean; read again on every call, and the last good meaning stays while they are broken."""
+
+    def __init__(self, files: tuple[Path, ...], parse: Callable[[tuple[bytes, ...]], _T]) -> None:
+        self._files = files
+        self._parse = parse
+        self._problem = ""
+        self._contents = self._read()
+        self._value = parse(self._contents)
+
+    def __call__(self) -> _T:
+        try:
+            contents = self._read()
+            if contents != self._contents:
+                self._value = self._parse(contents)
+                self._contents = contents
+                _LOG.info("credentials read again", files=[str(file) for file in self._files])
+            self._problem = ""
+        except CredentialsError as error:
+            if str(error) != self._problem:
+                self._problem = str(error)
+                _LOG.error("credentials cannot be used; the last good ones stay in use", problem=str(error))
+        return self._value
+
+    def _read(self) -> tuple[bytes, ...]:
+        return tuple(map(_read, self._files))
+
+
+class ServerCertificate:
+    """The server's own certificate and key and, with `client_ca`, the CA that clients' must be of (PEM).
+
+    Raises CredentialsError.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._files = (certificate, key, *([client_ca] if client_ca else []))
+        self._current = _Watched(self._files, self._check)
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return credentials that ask the files again for each new connection.
+
+        They never answer "no change", so that each connection gets a TLS context of its own: no client
+        resumes a session whose certificate has expired since.
+        """
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            self._configuration,
+            require_client_authentication=len(self._files) > 2,  # noqa: PLR2004
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        # A new object each time: gRPC takes what is in it away.
+        certificate, key, *client_ca = self._current()
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], *client_ca)
+
+    def _check(self, contents: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Refuse what gRPC would refuse without naming a file, and a certificate without its own key."""
+        certificate, key, *client_ca = contents
+        try:
+            server = x509.load_pem_x509_certificates(certificate)[0]
+        except ValueError:
+            raise CredentialsError(f"{self._files[0]}: has no certificate in PEM form") from None
+        try:
+            own_key = load_pem_private_key(key, password=None)
+        except (ValueError, TypeError):  # TypeError: it is encrypted
+            raise CredentialsError(f"{self._files[1]}: has no unencrypted key in PEM form") from None
+        if own_key.public_key() != server.public_key():
+            raise CredentialsError(f"{self._files[1]}: is not the key of {self._files[0]}")
+        for pem in client_ca:
+            try:
+                x509.load_pem_x509_certificates(pem)
+            except ValueError:
+                raise CredentialsError(f"{self._files[2]}: has no CA certificate in PEM form") from None
+        return contents
+
+
+class TokenFile:
+    """The tokens of a file, by what they grant.
+
+    A file with nothing but a token grants everything. Otherwise each line is
+    `NAMESPACE[/WORKLOAD] [LABEL=VALUE ...] TOKEN`, where the namespace `*` stands for all; empty lines and
+    those that begin with `#` do not count.
+
+    Raises CredentialsError.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._grants = _Watched((file,), self._parse)
+
+    def grant(self, authorization: str | bytes) -> Grant | None:
+        """Return what the `authorization` header of a request grants, None if nothing."""
+        text = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
+        scheme, _, token = text.partition(" ")
+        digest, found = _digest(token.strip()), None
+        for known, grant in self._grants().items():  # to the end, so that the time tells nothing
+            if hmac.compare_digest(known, digest):
+                found = grant
+        return found if scheme.lower() == "bearer" else None
+
+    def _parse(self, contents: tuple[bytes, ...]) -> dict[bytes, Grant]:
+        try:
+            text = contents[0].decode("ascii")
+        except UnicodeDecodeError:
+            raise CredentialsError(f"{self._file}: is not ASCII") from None
+        lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1)]
+        lines = [(number, words) for number, words in lines if words and not words[0].startswith("#")]
+        if not lines:
+            raise CredentialsError(f"{self._file}: has no token")
+        if len(lines) == 1 and len(lines[0][1]) == 1:
+            lines[0][1].insert(0, EVERY_NAMESPACE)
+        grants: dict[bytes, Grant] = {}
+        for number, words in lines:
+            try:
+                digest, grant = _grant(words)
+            except ValueError as error:
+                raise CredentialsError(f"{self._file}:{number}: {error}") from None
+            if digest in grants:
+                raise CredentialsError(f"{self._file}:{number}: has the token of an earlier line")
+            grants[digest] = grant
+        return grants
+
+
+class FileAuthenticator:
+    """Authenticates peers by certificate, by token, or by both (an xds.server.Authenticator)."""
+
+    def __init__(self, tokens: TokenFile | None, *, certificates: bool) -> None:
+        self._tokens = tokens
+        self._certificates = certificates
+
+    async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], _: Node) -> Identity:
+        """Return who the peer proves to be. Raises Unauthenticated."""
+        proofs: list[tuple[Grant, ...]] = []
+        if self._certificates:
+            grants = certificate_grants(peer)
+            if not grants:
+                raise Unauthenticated(
+                    "the client certificate has no name of a proxy: the URI spiffe://DOMAIN/ns/NAMESPACE/sa/"
+                    "NAME, or one of the DNS names WORKLOAD.NAMESPACE and NAME.NAMESPACE.svc"
+                )
+            proofs.append(grants)
+        if self._tokens:
+            authorization = metadata.get("authorization")
+            if authorization is None:
+                raise Unauthenticated("a bearer token is required")
+            grant = self._tokens.grant(authorization)
+            if grant is None:
+                raise Unauthenticated("the bearer token is not known")
+            proofs.append((grant,))
+        return Identity(tuple(proofs))
+
+
+def certificate_grants(peer: Peer) -> tuple[Grant, ...]:
+    """Return which proxies the names of a verified client certificate allow, none if they say nothing.
+
+    A SPIFFE ID wins over DNS names, and has to be the only URI (SPIFFE's X509-SVID, section 2).
+    """
+    if any(uri.lower().startswith(_SPIFFE_SCHEME) for uri in peer.uris):
+        found = _SPIFFE.fullmatch(peer.uris[0]) if len(peer.uris) == 1 else None
+        return (Grant(found[1]),) if found and _is(_NAMESPACE, found[1]) else ()
+    return tuple(grant for name in peer.dns_names if (grant := _dns_grant(name.lower())))
+
+
+def _dns_grant(name: str) -> Grant | None:
+    workload, _, rest = name.partition(".")
+    namespace, _, domain = rest.partition(".")
+    if not _is(_NAME, workload) or not _is(_NAMESPACE, namespace):
+        return None
+    if not domain:
+        return Grant(namespace, workload)
+    # The name of a Service, which may stand for several workloads.
+    return Grant(namespace) if domain.split(".")[0] == _SERVICE else None
+
+
+def _grant(words: list[str]) -> tuple[bytes, Grant]:
+    """Read a line of a token file. Raises ValueError, without the token."""
+    *grant, token = words
+    if len(token) < _SHORTEST_TOKEN or not _TOKEN.fullmatch(token):
+        raise ValueError(
+            f"a token is {_SHORTEST_TOKEN} or more of the signs A-Z a-z 0-9 . _ ~ + / - (and = at its end)"
+        )
+    if not grant:
+        raise ValueError("is not NAMESPACE[/WORKLOAD] [LABEL=VALUE ...] TOKEN")
+    namespace, slash, workload = grant[0].partition("/")
+    if namespace != EVERY_NAMESPACE and not _is(_NAMESPACE, namespace):
+        raise ValueError("does not begin with NAMESPACE[/WORKLOAD]")
+    if slash and not _is(_NAME, workload):
+        raise ValueError("does not begin with NAMESPACE[/WORKLOAD]")
+    labels = [word.partition("=") for word in grant[1:]]
+    if not all(name and equals for name, equals, _ in labels):
+        raise ValueError("has a word that is not LABEL=VALUE between the namespace and the token")
+    bound = frozenset((name, value) for name, _, value in labels) if labels else None
+    return _digest(token), Grant(namespace, workload, bound)
+
+
+def check_files(files: XdsCredentials) -> None:
+    """Find out what Envoy would only log, for a proxy on this machine. Raises CredentialsError."""
+    for pem in (files.ca_file, files.client_cert_file, files.client_key_file):
+        if pem:
+            _read(pem)
+    if files.token_file:
+        token = _read(files.token_file).decode("ascii", errors="replace").strip()
+        if len(token) < _SHORTEST_TOKEN or not _TOKEN.fullmatch(token):
+            raise CredentialsError(f"{files.token_file}: does not hold one token and nothing else")
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CredentialsError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _is(form: TypeAdapter[str], value: str) -> bool:
+    try:
+        form.validate_python(value)
+    except ValidationError:
+        return False
+    return True

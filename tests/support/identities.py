@@ -1,0 +1,65 @@
+"""Certificates of proxies: what a mesh's own CA would issue to them."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from llmplane.certificates import write_pair
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A certificate and its key, in PEM."""
+
+    certificate: bytes
+    key: bytes
+
+    def write(self, directory: Path, name: str) -> tuple[Path, Path]:
+        """Write NAME.pem and NAME-key.pem, each at once; return their paths."""
+        files = directory / f"{name}.pem", directory / f"{name}-key.pem"
+        write_pair(*files, (self.certificate, self.key))
+        return files
+
+
+class MeshCA:
+    """Issues certificates to proxies."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        builder = _builder("mesh CA", "mesh CA", self._key, days=30)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        self.pem = builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def issue(self, *names: str, days: float = 1) -> Pair:
+        """Issue a client certificate for URIs (with a scheme) and DNS names; negative `days`: expired."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        sans = [x509.UniformResourceIdentifier(n) if ":" in n else x509.DNSName(n) for n in names]
+        builder = _builder("proxy", "mesh CA", key, days).add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+        if sans:
+            builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
+        certificate = builder.sign(self._key, hashes.SHA256())
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return Pair(certificate.public_bytes(Encoding.PEM), pem)
+
+
+def _builder(
+    subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, days: float
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=2))
+        .not_valid_after(now + timedelta(days=days))
+    )

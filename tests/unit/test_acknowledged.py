@@ -1,0 +1,51 @@
+"""What stands in for refused resources is kept on disk, and never a secret."""
+
+from pathlib import Path
+
+from structlog.testing import capture_logs
+
+from llmplane.acknowledged import AcknowledgedFile
+from xds import protos
+from xds.resources import CDS, SDS, Resource
+
+REFUSED = (CDS, "a", "0123456789abcdef")
+
+
+def cluster(seconds: int) -> Resource:
+    return Resource.of(protos.Cluster(name="a", connect_timeout={"seconds": seconds}, type="EDS"))
+
+
+def test_another_process_reads_what_one_has_written(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "file.json"
+    writer, reader = AcknowledgedFile(file), AcknowledgedFile(file)
+    assert reader.get(REFUSED) is None
+    for version in (1, 2):
+        writer.put(REFUSED, cluster(version))
+        found = reader.get(REFUSED)
+        assert found == cluster(version)
+        assert found.delta_frame == cluster(version).delta_frame
+    assert file.stat().st_mode & 0o077 == 0
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_secrets_are_not_kept(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    secret = protos.Secret(name="a", generic_secret={"secret": {"inline_string": "sk-secret"}})
+    AcknowledgedFile(file).put((SDS, "a", "0123456789abcdef"), Resource.of(secret))
+    assert not file.exists()
+
+
+def test_the_oldest_are_forgotten(tmp_path: Path) -> None:
+    file = AcknowledgedFile(tmp_path / "file.json")
+    for number in range(300):
+        file.put((CDS, "a", str(number)), cluster(1))
+    assert [number for number in range(300) if file.get((CDS, "a", str(number)))] == list(range(44, 300))
+
+
+def test_a_file_that_cannot_be_used_is_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text('[{"refused": 1}]')
+    with capture_logs() as logs:
+        assert AcknowledgedFile(path).get(REFUSED) is None
+        AcknowledgedFile(tmp_path).put(REFUSED, cluster(1))
+    assert {entry["log_level"] for entry in logs} == {"warning"}

@@ -1,0 +1,464 @@
+"""Who may get configuration: every way in, over raw gRPC (tests/envoy/test_auth_envoy.py: with Envoys)."""
+
+import asyncio
+import itertools
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from crds.loader import load
+from llmplane.address import Address
+from llmplane.auth import (
+    CredentialsError,
+    FileAuthenticator,
+    Grant,
+    Identity,
+    ServerCertificate,
+    TokenFile,
+    certificate_grants,
+    check_files,
+)
+from llmplane.bootstrap import XdsCredentials
+from llmplane.certificates import CertificateAuthority
+from llmplane.controlplane import ControlPlane
+from llmplane.local import free_port
+from llmplane.sources.state import SourceState
+from tests.support.identities import MeshCA, Pair
+from tests.support.objects import provider
+from translator.proxy import Proxy, ProxyType
+from translator.world import MeshSettings
+from xds import protos
+from xds.resources import SDS
+from xds.server import AGGREGATED, SERVICES, NodeRejected, Peer
+
+KEY = "sk-of-team-a-0123456789"
+TOKEN_A = "token-of-team-a-0001"  # noqa: S105 - made up, here and below
+TOKEN_B = "token-of-team-b-0001"  # noqa: S105
+DENIED = grpc.StatusCode.PERMISSION_DENIED
+UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
+class Objects:
+    """A source that never changes: a provider with a key in team-a."""
+
+    async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
+        loaded = load(provider("team-a/p", "a.example.com", KEY), "objects.yaml", {})
+        yield SourceState(loaded.objects)
+        await stop.wait()
+
+
+@dataclass
+class Outcome:
+    """What a peer got: the names of its secrets and whether the key was there, or why it got nothing."""
+
+    secrets: int = 0
+    has_key: bool = False
+    status: grpc.StatusCode | None = None
+    details: str = ""
+
+
+class Server:
+    """A control plane that listens, and its files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.authority = CertificateAuthority.create()
+        self.mesh = MeshCA()
+        self.port = free_port()
+
+    def install_certificate(self) -> tuple[Path, Path]:
+        """Write a certificate of its CA for `localhost`, a new one each time."""
+        return Pair(*self.authority.issue("localhost")).write(self.directory, "server")
+
+    @asynccontextmanager
+    async def running(
+        self, *, tls: bool = False, mutual: bool = False, tokens: str = ""
+    ) -> AsyncIterator[None]:
+        credentials = None
+        if tls or mutual:
+            client_ca = self.directory / "mesh.pem"
+            client_ca.write_bytes(self.mesh.pem)
+            files = ServerCertificate(*self.install_certificate(), client_ca if mutual else None)
+            credentials = files.credentials()
+        token_file = self.directory / "tokens"
+        token_file.write_text(tokens)
+        authenticator = FileAuthenticator(TokenFile(token_file) if tokens else None, certificates=mutual)
+        control_plane = ControlPlane(Objects(), MeshSettings(), authenticator=authenticator)
+        stop = asyncio.Event()
+        addresses = Address("127.0.0.1", self.port), Address("127.0.0.1", 0)
+        task = asyncio.create_task(control_plane.run(*addresses, stop, credentials))
+        try:
+            while not control_plane.status()["revision"]:  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
+            yield
+        finally:
+            stop.set()
+            await task
+
+    async def ask(
+        self,
+        namespace: str = "team-a",
+        *,
+        tls: bool = True,
+        pair: Pair | None = None,
+        token: str | None = None,
+        labels: dict[str, str] | None = None,
+        workload: str = "sleep",
+    ) -> Outcome:
+        """Open a stream as a proxy of a namespace, and ask for the provider's key."""
+        local = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        target = f"localhost:{self.port}"
+        if tls:
+            names = (pair.key, pair.certificate) if pair else (None, None)
+            channel = grpc.aio.secure_channel(
+                target, grpc.ssl_channel_credentials(self.authority.pem, *names), local
+            )
+        else:
+            channel = grpc.aio.insecure_channel(target, local)
+        metadata = [("authorization", token)] if token is not None else []
+        node = {"id": f"sidecar~127.0.0.1~{workload}.{namespace}~x", "metadata": {}}
+        request = protos.DeltaDiscoveryRequest(
+            node={"id": node["id"]}, type_url=SDS, resource_names_subscribe=["api-key/team-a/p"]
+        )
+        request.node.metadata.update(
+            {"NAMESPACE": namespace, "WORKLOAD_NAME": workload, "LABELS": labels or {}}
+        )
+        async with channel, asyncio.timeout(20):
+            call = channel.stream_stream(f"/{AGGREGATED}/DeltaAggregatedResources")(metadata=metadata)
+            try:
+                await call.write(request.SerializeToString())
+                data = await call.read()
+            except grpc.aio.AioRpcError as error:
+                return Outcome(status=error.code(), details=error.details() or "")
+            except asyncio.InvalidStateError:  # the stream ended before the request was out
+                data = grpc.aio.EOF
+            if not isinstance(data, bytes):
+                return Outcome(status=await call.code(), details=await call.details())
+            response = protos.DeltaDiscoveryResponse.FromString(data)
+            call.cancel()
+            return Outcome(len(response.resources), KEY.encode() in data)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    structlog.reset_defaults()
+    return Server(tmp_path)
+
+
+# Mutual TLS
+
+
+async def test_a_proxy_is_served_as_the_namespace_that_its_certificate_names(server: Server) -> None:
+    names = ["spiffe://cluster.local/ns/team-a/sa/sleep", "sleep.team-a", "sleep.team-a.svc.cluster.local"]
+    async with server.running(mutual=True):
+        for name in names:
+            assert await server.ask(pair=server.mesh.issue(name)) == Outcome(1, has_key=True), name
+
+
+async def test_a_certificate_of_another_namespace_gets_no_key(server: Server) -> None:
+    async with server.running(mutual=True):
+        for name in ("spiffe://cluster.local/ns/team-b/sa/sleep", "sleep.team-b", "sleep.team-b.svc"):
+            pair = server.mesh.issue(name)
+            outcome = await server.ask("team-a", pair=pair)
+            assert (outcome.status, outcome.secrets) == (DENIED, 0), name
+            assert "team-b" in outcome.details
+            assert not (await server.ask("team-b", pair=pair)).has_key, "what is its own, it may ask for"
+
+
+async def test_the_workload_of_a_dns_name_counts(server: Server) -> None:
+    async with server.running(mutual=True):
+        assert (await server.ask(workload="other", pair=server.mesh.issue("sleep.team-a"))).status is DENIED
+
+
+async def test_a_certificate_without_a_name_of_a_proxy_is_not_enough(server: Server) -> None:
+    async with server.running(mutual=True):
+        for names in ([], ["sleep"], ["https://team-a"]):
+            assert (await server.ask(pair=server.mesh.issue(*names))).status is UNAUTHENTICATED
+
+
+async def test_who_has_no_good_certificate_does_not_even_connect(server: Server) -> None:
+    name = "spiffe://cluster.local/ns/team-a/sa/sleep"
+    wrong = {
+        "none": None,
+        "of another CA": MeshCA().issue(name),
+        "expired": server.mesh.issue(name, days=-1),
+        "of a server": Pair(*server.authority.issue("sleep.team-a")),
+    }
+    async with server.running(mutual=True):
+        for what, pair in wrong.items():
+            assert (await server.ask(pair=pair)).status is UNAVAILABLE, what
+        assert (await server.ask(tls=False)).status is UNAVAILABLE, "plaintext"
+        assert (await server.ask(pair=server.mesh.issue(name))).has_key, "and the right one still does"
+
+
+async def test_a_session_of_tls_is_not_resumed_without_looking_at_the_certificate_again(
+    server: Server,
+) -> None:
+    """It could outlive the certificate."""
+    async with server.running(mutual=True):
+        pair = server.mesh.issue("sleep.team-a").write(server.directory, "client")
+        context = server.authority.client_context()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # 1.3 hands out sessions later
+        context.load_cert_chain(*pair)
+        context.set_alpn_protocols(["h2"])
+
+        def connect(session: ssl.SSLSession | None) -> tuple[ssl.SSLSession | None, bool | None]:
+            with (
+                socket.create_connection(("127.0.0.1", server.port)) as raw,
+                context.wrap_socket(raw, server_hostname="localhost", session=session) as connection,
+            ):
+                return connection.session, connection.session_reused
+
+        session, _ = await asyncio.to_thread(connect, None)
+        assert session
+        assert session.has_ticket
+        _, reused = await asyncio.to_thread(connect, session)
+        assert not reused
+
+
+@pytest.mark.parametrize(
+    ("peer", "grants"),
+    [
+        (Peer("", ("spiffe://d/ns/a/sa/b",)), (Grant("a"),)),
+        (Peer("", ("spiffe://d/ns/a/sa/b",), ("w.other",)), (Grant("a"),)),
+        (Peer("", ("spiffe://d/ns/a/sa/b", "spiffe://d/ns/c/sa/b")), ()),
+        (Peer("", ("spiffe://d/ns/a/sa/b", "https://e")), ()),
+        (Peer("", ("SPIFFE://d/ns/a/sa/b",), ("w.other",)), ()),
+        (Peer("", ("spiffe://d/workload",), ("w.other",)), ()),
+        (Peer("", ("spiffe://d/ns/a/sa/b/c",)), ()),
+        (Peer("", ("spiffe://d/ns/*/sa/b",)), ()),
+        (Peer("", (), ("W.A", "v.b")), (Grant("a", "w"), Grant("b", "v"))),
+        (Peer("", (), ("s.a.svc", "s.b.svc.cluster.local")), (Grant("a"), Grant("b"))),
+        (Peer("", (), ("*.a", "w.*", "a", "", "api.example.com", "*.a.svc")), ()),
+    ],
+)
+def test_what_the_names_of_a_certificate_allow(peer: Peer, grants: tuple[Grant, ...]) -> None:
+    assert certificate_grants(peer) == grants
+
+
+# Tokens
+
+
+async def test_a_proxy_is_served_as_the_namespace_of_its_token(server: Server) -> None:
+    async with server.running(tls=True, tokens=f"team-a {TOKEN_A}\nteam-b {TOKEN_B}\n"):
+        assert await server.ask(token=f"Bearer {TOKEN_A}") == Outcome(1, has_key=True)
+        assert (await server.ask(token=f"Bearer {TOKEN_B}")).status is DENIED
+        assert not (await server.ask("team-b", token=f"Bearer {TOKEN_B}")).has_key
+
+
+async def test_without_a_known_token_there_is_nothing(server: Server) -> None:
+    wrong = [None, "", "Bearer", f"Bearer {TOKEN_A}x", f"Bearer {TOKEN_A[:-1]}", f"Basic {TOKEN_A}", TOKEN_A]
+    async with server.running(tokens=TOKEN_A):
+        for token in wrong:
+            outcome = await server.ask(tls=False, token=token)
+            assert (outcome.status, outcome.secrets) == (UNAUTHENTICATED, 0), token
+            assert TOKEN_A[:-1] not in outcome.details
+        assert (await server.ask(tls=False, token=f"bearer {TOKEN_A}")).has_key, "schemes have no case"
+
+
+async def test_every_service_asks_for_the_token(server: Server) -> None:
+    node = {"id": "sidecar~127.0.0.1~sleep.team-a~x"}
+    requests = {
+        "Stream": protos.DiscoveryRequest(node=node),
+        "Delta": protos.DeltaDiscoveryRequest(node=node),
+    }
+    async with (
+        server.running(tokens=TOKEN_A),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        asyncio.timeout(60),
+    ):
+        for (service, (name, _)), (variant, request) in itertools.product(SERVICES.items(), requests.items()):
+            call = channel.stream_stream(f"/{service}/{variant}{name}")()
+            await call.write(request.SerializeToString())
+            assert await call.code() is UNAUTHENTICATED, (service, variant)
+
+
+async def test_a_stream_stays_who_it_was_whatever_later_requests_claim(server: Server) -> None:
+    async with (
+        server.running(tokens=f"team-a {TOKEN_A}\nteam-b {TOKEN_B}"),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        asyncio.timeout(60),
+    ):
+        method = channel.stream_stream(f"/{AGGREGATED}/DeltaAggregatedResources")
+        call = method(metadata=[("authorization", f"Bearer {TOKEN_B}")])
+        for namespace in ("team-b", "team-a"):
+            request = protos.DeltaDiscoveryRequest(
+                node={"id": "sidecar~a~b~c"}, type_url=SDS, resource_names_subscribe=["api-key/team-a/p"]
+            )
+            request.node.metadata.update({"NAMESPACE": namespace})
+            await call.write(request.SerializeToString())
+            response = protos.DeltaDiscoveryResponse.FromString(await call.read())
+            assert not response.resources
+        call.cancel()
+
+
+async def test_a_plain_token_is_for_all_namespaces(server: Server) -> None:
+    async with server.running(tokens=f"# for all\n\n{TOKEN_A}\n"):
+        for namespace in ("team-a", "team-b"):
+            assert (await server.ask(namespace, tls=False, token=f"Bearer {TOKEN_A}")).status is None
+
+
+async def test_certificate_and_token_have_to_agree_when_both_are_asked_for(server: Server) -> None:
+    of_a = server.mesh.issue("spiffe://cluster.local/ns/team-a/sa/sleep")
+    of_b = server.mesh.issue("spiffe://cluster.local/ns/team-b/sa/sleep")
+    token_a, token_b = f"Bearer {TOKEN_A}", f"Bearer {TOKEN_B}"
+    async with server.running(mutual=True, tokens=f"team-a {TOKEN_A}\nteam-b {TOKEN_B}"):
+        assert (await server.ask(pair=of_a, token=token_a)).has_key
+        assert (await server.ask(pair=of_a)).status is UNAUTHENTICATED
+        assert (await server.ask(token=token_a)).status is UNAVAILABLE
+        for pair, token in ((of_a, token_b), (of_b, token_a)):
+            for namespace in ("team-a", "team-b"):
+                assert (await server.ask(namespace, pair=pair, token=token)).status is DENIED
+
+
+async def test_no_token_is_logged(server: Server) -> None:
+    with capture_logs() as logs:
+        async with server.running(tokens=f"team-b {TOKEN_B}\nteam-a {TOKEN_A}"):
+            for token in (TOKEN_A, TOKEN_B, "another-token-that-is-wrong"):
+                await server.ask(tls=False, token=f"Bearer {token}")
+    assert {"proxy connected", "proxy rejected"} <= {entry["event"] for entry in logs}
+    assert not any(token in str(logs) for token in (TOKEN_A, TOKEN_B, "another-token"))
+
+
+def proxy(namespace: str = "team-a", workload: str = "sleep", **labels: str) -> Proxy:
+    return Proxy(ProxyType.SIDECAR, namespace, workload, frozenset(labels.items()))
+
+
+def test_labels_of_a_token_are_the_workloads_whatever_it_claims(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(f"team-a/sleep app=sleep tier=gold {TOKEN_A}")
+    grant = TokenFile(tmp_path / "tokens").grant(f"Bearer {TOKEN_A}")
+    assert grant
+    identity = Identity(((grant,),))
+    whole = proxy(app="sleep", tier="gold")
+    for claim in (proxy(), proxy(app="sleep"), whole):
+        assert identity.admit(claim) == whole, "one with fewer could evade a policy that selects by label"
+    for claim in (proxy(app="other"), proxy(app="sleep", role="admin"), proxy("team-b"), proxy(workload="x")):
+        with pytest.raises(NodeRejected, match=r"for: team-a/sleep app=sleep tier=gold$"):
+            identity.admit(claim)
+
+
+def test_without_labels_the_claim_of_the_proxy_counts() -> None:
+    assert Identity(((Grant("team-a"),),)).admit(proxy(app="any")) == proxy(app="any")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "has no token"),
+        ("# only a comment", "has no token"),
+        ("short", "1: a token is 16 or more of the signs A-Z a-z 0-9 . _ ~ + / - (and = at its end)"),
+        (f'"{TOKEN_A}"', "1: a token is 16 or more of the signs A-Z a-z 0-9 . _ ~ + / - (and = at its end)"),
+        (f"team-a {TOKEN_A}\n{TOKEN_B}", "2: is not NAMESPACE[/WORKLOAD] [LABEL=VALUE ...] TOKEN"),
+        (f"Team_A {TOKEN_A}", "1: does not begin with NAMESPACE[/WORKLOAD]"),
+        (f"team-a/ {TOKEN_A}", "1: does not begin with NAMESPACE[/WORKLOAD]"),
+        (
+            f"team-a sleep {TOKEN_A}",
+            "1: has a word that is not LABEL=VALUE between the namespace and the token",
+        ),
+        (f"team-a {TOKEN_A}\nteam-b {TOKEN_A}", "2: has the token of an earlier line"),
+        ("tokén", "is not ASCII"),
+    ],
+)
+def test_a_mistake_in_a_token_file_is_told_without_its_token(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    with pytest.raises(CredentialsError) as raised:
+        TokenFile(file)
+    assert str(raised.value).removeprefix(str(file)).lstrip(": ") == expected
+
+
+# Files that change
+
+
+async def test_a_changed_token_file_counts_at_once_and_a_broken_one_changes_nothing(server: Server) -> None:
+    file = server.directory / "tokens"
+    async with server.running(tokens=TOKEN_A):
+        file.write_text(TOKEN_B)
+        assert (await server.ask(tls=False, token=f"Bearer {TOKEN_A}")).status is UNAUTHENTICATED
+        assert (await server.ask(tls=False, token=f"Bearer {TOKEN_B}")).has_key
+        with capture_logs() as logs:
+            for broken in ("no", None):
+                if broken is None:
+                    file.unlink()
+                else:
+                    file.write_text(broken)
+                for _ in range(2):
+                    assert (await server.ask(tls=False, token=f"Bearer {TOKEN_B}")).has_key
+        problems = [entry["problem"] for entry in logs if entry["log_level"] == "error"]
+        assert len(problems) == 2, "each is told once"
+        assert problems[1] == f"{file}: cannot be read: No such file or directory"
+
+
+async def test_a_new_server_certificate_is_used_without_a_restart(server: Server) -> None:
+    async with server.running(tls=True, tokens=TOKEN_A):
+        assert (await server.ask(token=f"Bearer {TOKEN_A}")).has_key
+        server.authority = CertificateAuthority.create()
+        assert (await server.ask(token=f"Bearer {TOKEN_A}")).status is UNAVAILABLE, "not of the new CA"
+        server.install_certificate()
+        assert (await server.ask(token=f"Bearer {TOKEN_A}")).has_key
+
+
+async def test_a_new_client_ca_is_used_without_a_restart(server: Server) -> None:
+    name = "spiffe://cluster.local/ns/team-a/sa/sleep"
+    async with server.running(mutual=True):
+        old = server.mesh.issue(name)
+        assert (await server.ask(pair=old)).has_key
+        server.mesh = MeshCA()
+        (server.directory / "mesh.pem").write_bytes(server.mesh.pem)
+        assert (await server.ask(pair=old)).status is UNAVAILABLE
+        assert (await server.ask(pair=server.mesh.issue(name))).has_key
+
+
+async def test_half_of_a_new_pair_is_not_used(server: Server) -> None:
+    async with server.running(tls=True, tokens=TOKEN_A):
+        certificate, key = server.authority.issue("localhost")
+        (server.directory / "server.pem").write_bytes(certificate)
+        with capture_logs() as logs:
+            assert (await server.ask(token=f"Bearer {TOKEN_A}")).has_key, "with the old one"
+        (entry,) = (entry for entry in logs if entry["log_level"] == "error")
+        assert "server-key.pem: is not the key of" in entry["problem"]
+        (server.directory / "server-key.pem").write_bytes(key)
+        assert (await server.ask(token=f"Bearer {TOKEN_A}")).has_key
+
+
+def test_files_that_are_no_certificates_are_told(tmp_path: Path) -> None:
+    authority = CertificateAuthority.create()
+    bad = tmp_path / "bad.pem"
+    bad.write_text("no certificate")
+    certificate, key = Pair(*authority.issue("localhost")).write(tmp_path, "server")
+    other = Pair(*authority.issue("localhost")).write(tmp_path, "other")[1]
+    for files, text in {
+        (bad, key, None): "bad.pem: has no certificate in PEM form",
+        (certificate, bad, None): "bad.pem: has no unencrypted key in PEM form",
+        (certificate, other, None): f"other-key.pem: is not the key of {certificate}",
+        (certificate, key, bad): "bad.pem: has no CA certificate in PEM form",
+        (certificate, key, tmp_path / "x"): "x: cannot be read: No such file or directory",
+        (tmp_path, key, None): ": cannot be read: Is a directory",
+    }.items():
+        with pytest.raises(CredentialsError) as raised:
+            ServerCertificate(*files)
+        assert str(raised.value).endswith(text)
+
+
+def test_a_proxy_is_told_what_is_wrong_with_its_files_before_envoy_starts(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    for text, is_good in ((TOKEN_A, True), (f"{TOKEN_A}\n", True), (f"team-a {TOKEN_A}", False), ("", False)):
+        file.write_text(text)
+        if is_good:
+            check_files(XdsCredentials(token_file=file))
+        else:
+            with pytest.raises(CredentialsError, match="does not hold one token and nothing else"):
+                check_files(XdsCredentials(token_file=file))
+    with pytest.raises(CredentialsError, match="nowhere: cannot be read"):
+        check_files(XdsCredentials(ca_file=tmp_path / "nowhere"))

@@ -1,0 +1,67 @@
+"""What can be seen of the streams from outside: events for metrics, and since when a stream is as it is."""
+
+import time
+from collections.abc import Mapping
+
+from xds.delta import DeltaSubscription
+from xds.group import Group
+from xds.sotw import SotwSubscription
+from xds.status import State, state_of
+
+
+class Observer:
+    """Is told what happens on the streams, on the event loop. This one does not listen.
+
+    Type URLs are what the clients say: any text.
+    """
+
+    def pushed(self, type_url: str, size: int, seconds: float) -> None:
+        """Note a response of `size` bytes that took so long to make, and to hand to the transport."""
+
+    def rejected(self, type_url: str) -> None:
+        """Note a NACK."""
+
+    def nonce_expired(self, type_url: str) -> None:
+        """Note a request with a nonce that is neither the latest one nor that of an unanswered response."""
+
+    def converged(self, seconds: float) -> None:
+        """Note that a proxy acknowledged everything, so long after a change began."""
+
+
+class Progress:
+    """How one stream follows the changes."""
+
+    def __init__(self) -> None:
+        self._changed_at: float | None = None
+        """When the first change that is not acknowledged yet began (`time.monotonic`)."""
+        self._since: dict[str, tuple[State, float]] = {}
+
+    def begin(self, changed_at: float) -> None:
+        """Note that there is a change, which began at that time (`time.monotonic`)."""
+        if self._changed_at is None:
+            self._changed_at = changed_at
+
+    def note(
+        self, subscriptions: Mapping[str, DeltaSubscription | SotwSubscription], group: Group
+    ) -> float | None:
+        """Note the states; return seconds since the change that is acknowledged now, if there is one."""
+        worst = State.SYNCED
+        for type_url, subscription in subscriptions.items():
+            state = state_of(subscription, group)
+            if state is not self._state(type_url):
+                late = state is State.STALE and self._changed_at is not None
+                ago = time.monotonic() - self._changed_at if late and self._changed_at is not None else 0.0
+                self._since[type_url] = (state, time.time() - ago)
+            if state is not State.SYNCED:
+                worst = State.NACK if State.NACK in (state, worst) else State.STALE
+        if worst is State.STALE or self._changed_at is None:
+            return None
+        seconds, self._changed_at = time.monotonic() - self._changed_at, None
+        return seconds if worst is State.SYNCED else None
+
+    def since(self, type_url: str) -> float:
+        """Return since when a type is in the state that was noted last (seconds since the epoch)."""
+        return self._since[type_url][1]
+
+    def _state(self, type_url: str) -> State | None:
+        return self._since[type_url][0] if type_url in self._since else None
