@@ -29,8 +29,12 @@ _BEFORE_THE_REQUEST = ("connect-failure", "refused-stream", "reset-before-reques
 """Failures that cannot have been billed: the provider has not seen the request (design decision 12)."""
 
 _ATTEMPTS_TO_CONNECT = 6
-"""Retries of a provider that is the only one, with Envoy's back-off some 0.4 s in all. A changed cluster
-has only its guard endpoint, which refuses, until the provider's name is resolved again."""
+_CONNECT_BACK_OFF = {
+    "base_interval": timedelta(milliseconds=100),
+    "max_interval": timedelta(milliseconds=500),
+}
+"""Retries of a provider that is the only one: about a second in all. A changed cluster has only its guard
+endpoint, which refuses at once, until the provider's name is resolved again."""
 
 _FAILURES = ("connect-failure", "refused-stream", "reset", "retriable-status-codes")
 _FAILURE_STATUSES = (429, 500, 502, 503, 504)
@@ -339,6 +343,8 @@ def _retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> d
         # Pick the cluster anew, so that the next attempt is the next provider's.
         "refresh_cluster_on_retry": True,
     }
+    if not retries and not others:
+        policy["retry_back_off"] = _CONNECT_BACK_OFF
     if retries and retries.per_try_timeout:
         policy["per_try_timeout"] = retries.per_try_timeout
     if retries and not others:

@@ -110,4 +110,4 @@ def running_load(
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
-    assert load.failures == []
+    assert load.failures == [], load.failures[:5]
