@@ -11,7 +11,7 @@ import pytest
 
 from llmplane.fakellm import Fault, fingerprint
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab, running_lab
-from tests.support.dns import DnsServer, running_dns_server
+from tests.support.dns import DnsServer, asking, running_dns_server
 from tests.support.objects import backends, provider, route
 from tests.support.stream import running_piecewise_server
 
@@ -34,15 +34,7 @@ def dns() -> Iterator[DnsServer]:
 @pytest.fixture(scope="module")
 def shared_lab(dns: DnsServer) -> Iterator[Lab]:
     """Run a lab whose Envoy asks our DNS server."""
-    resolver = {
-        "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
-        "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": dns.port}}],
-        "dns_resolver_options": {"no_default_search_domain": True},
-    }
-    bootstrap = {
-        "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver}
-    }
-    with running_lab(envoy_options=["--config-yaml", json.dumps(bootstrap)]) as lab:
+    with running_lab(envoy_options=["--config-yaml", json.dumps(asking(dns.port))]) as lab:
         yield lab
 
 

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
-from tests.support.dns import DnsServer, running_dns_server
+from tests.support.dns import DnsServer, asking, running_dns_server
 from tests.support.load import running_load
 from tests.support.objects import provider
 
@@ -24,15 +23,7 @@ def dns() -> Iterator[DnsServer]:
 
 @pytest.fixture(scope="module")
 def shared_lab(dns: DnsServer) -> Iterator[Lab]:
-    resolver = {
-        "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
-        "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": dns.port}}],
-        "dns_resolver_options": {"no_default_search_domain": True},
-    }
-    bootstrap: dict[str, Any] = {
-        "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver}
-    }
-    with running_lab(envoy_options=["--config-yaml", json.dumps(bootstrap)]) as lab:
+    with running_lab(envoy_options=["--config-yaml", json.dumps(asking(dns.port))]) as lab:
         yield lab
 
 

@@ -20,6 +20,7 @@ from llmplane.bootstrap import ProxySettings, bootstrap
 from llmplane.local import HTTP_PROXY_PORT, LocalMesh
 from tests.envoy.conftest import _own_address
 from tests.support.client import ProxyClient
+from tests.support.dns import asking
 from tests.support.envoy import Envoy, running_envoy
 from tests.support.load import running_load
 from tests.support.objects import backends, provider, route
@@ -96,12 +97,7 @@ def running_sidecar(mesh: LocalMesh, dns_port: int, api_type: str) -> Iterator[E
     )
     made: dict[str, Any] = bootstrap(settings)
     made["dynamic_resources"]["ads_config"]["api_type"] = api_type
-    resolver = {
-        "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
-        "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": dns_port}}],
-        "dns_resolver_options": {"no_default_search_domain": True},
-    }
-    made["typed_dns_resolver_config"] = {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver}
+    made |= asking(dns_port)
     with running_envoy(made) as envoy:
         mesh.settle()
         yield envoy

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import Any
 
 _RESPONSE = 0x8180  # a response, recursion desired and available
 _NAME_ERROR = 3
@@ -41,6 +42,18 @@ class DnsServer:
         # Each record: the name (a pointer to the question), type, class IN, TTL, length, address.
         records = [b"\xc0\x0c" + struct.pack(">HHIH", kind, 1, 1, len(packed)) + packed for packed in found]
         return query[:2] + struct.pack(">HHHHH", flags, 1, len(found), 0, 0) + question + b"".join(records)
+
+
+def asking(port: int) -> dict[str, Any]:
+    """Return what makes an Envoy ask the server on this port: a part of its bootstrap."""
+    resolver = {
+        "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+        "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": port}}],
+        "dns_resolver_options": {"no_default_search_domain": True},
+    }
+    return {
+        "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver}
+    }
 
 
 @contextmanager
