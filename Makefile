@@ -6,13 +6,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-unit test-xds test-envoy bench golden clean
+.PHONY: demo test lint test-unit test-xds test-xds-harness test-envoy test-envoy-versions test-kube kube-assets bench bench-xds golden clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/llmplane demo
 
 test: lint
-	$(BIN)/python -m pytest -p no:cacheprovider tests/unit tests/golden tests/xds tests/envoy
+	$(BIN)/python -m pytest -p no:cacheprovider tests/unit tests/golden tests/xds tests/envoy tests/kube
 
 test-unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/unit tests/golden
@@ -20,8 +20,23 @@ test-unit: $(VENV)/.installed-dev
 test-xds: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/xds
 
+# A third party's conformance tests (tests/xds/README.md; needs Go). HARNESS: a clone, if not that on GitHub.
+test-xds-harness: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.xds.harness $(HARNESS)
+
 test-envoy: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/envoy
+
+# With a real API server of Kubernetes, which `make kube-assets` builds once (needs Go, some ten minutes).
+test-kube: kube-assets
+	$(BIN)/python -m pytest tests/kube --kube-is-there
+
+kube-assets: $(VENV)/.installed-dev
+	$(BIN)/python tools/kube_assets.py
+
+# The behaviour tests with one release of each Envoy from 1.36 on, downloaded once; ends with a table.
+test-envoy-versions: $(VENV)/.installed-dev
+	$(BIN)/python tools/envoy_versions.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,6 +46,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+bench-xds: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks xds
 
 # Rewrites what is derived: golden files, CRDs, message descriptors, the bootstraps of docker-compose.yaml.
 golden: $(VENV)/.installed-dev

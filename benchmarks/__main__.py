@@ -1,15 +1,17 @@
-"""`python -m benchmarks [request|change|routes|translate|size]... [--quick]`."""
+"""`python -m benchmarks [request|observability|change|routes|translate|size|xds]... [--quick]`."""
 
 import click
 
-from benchmarks import change, report, request, routes, size, translate
+from benchmarks import change, observability, report, request, routes, size, translate, xds
 
 _BENCHMARKS = {
     "request": request.measure,
+    "observability": observability.measure,
     "change": change.measure,
     "routes": routes.measure,
     "translate": translate.measure,
     "size": size.measure,
+    "xds": xds.measure,
 }
 
 

@@ -30,6 +30,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
+def run_seconds(pid: int) -> float:
+    """Return the time that all threads of a process ran, in steps finer than the 10 ms of `cpu_seconds`."""
+    files = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(file.read_text(encoding="utf-8").split()[0]) for file in files) / 1e9
+
+
 def resident_bytes(pid: int) -> int:
     """Return the memory of a process that no file backs (RssAnon): what its configuration costs."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():

@@ -25,7 +25,7 @@ from llmplane.local import HTTP_PROXY_PORT, LocalMesh, end, free_port
 from llmplane.mesh import mesh_settings
 from tests.support.envoy import running_envoy
 
-_HOST = "provider-0000.example.com"
+HOST = "provider-0000.example.com"
 _SIZES = {"1 KB": 1_000, "100 KB": 100_000, "1 MB": 1_000_000}
 _TEXT = "The quick brown fox jumps over the lazy dog, and nobody cares at all.\n"
 _EXTENSIONS = "type.googleapis.com/envoy.extensions"
@@ -67,7 +67,7 @@ http {{
   }}
 }}
 """
-_ANSWER = '{"object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
+ANSWER = '{"object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
 
 _WRK = """\
 local file = io.open("{body}")
@@ -82,14 +82,16 @@ end
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
+    """An Envoy that is measured, and the address that it serves."""
+
     name: str
     address: str
     pid: int
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """One round of one way: Envoy's CPU time a request, and latencies with one connection; all in µs."""
 
     cpu: float
@@ -99,9 +101,7 @@ class _Sample:
 
 def measure(*, quick: bool) -> list[Table]:
     """Send bodies of 1 KB, 100 KB and 1 MB. Raises click.ClickException where nginx or wrk is missing."""
-    missing = [tool for tool in ("nginx", "wrk") if shutil.which(tool) is None]
-    if missing:
-        raise click.ClickException(f"not in PATH: {', '.join(missing)}; apt-get install nginx-light wrk")
+    require("nginx", "wrk")
     rounds, seconds = (2, 1) if quick else (9, 2)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:
         directory = Path(folder)
@@ -110,7 +110,7 @@ def measure(*, quick: bool) -> list[Table]:
         ours, bare = ways[-1], ways[0]
         rows: list[list[Any]] = []
         for size, length in _SIZES.items():
-            samples = _rounds([bare, ours], _script(directory, length), rounds, seconds)
+            samples = take_turns([bare, ours], chat_script(directory, length), rounds, seconds)
             rows.append(_compare(size, samples))
         tables.append(
             Table(
@@ -134,45 +134,56 @@ def measure(*, quick: bool) -> list[Table]:
             )
         )
         for size in ("1 KB", "100 KB"):
-            samples = _rounds(ways, _script(directory, _SIZES[size]), rounds, seconds, latency=False)
-            tables.append(_steps(size, ways, samples))
+            samples = take_turns(ways, chat_script(directory, _SIZES[size]), rounds, seconds, latency=False)
+            tables.append(steps(size, ways, samples))
         return tables
 
 
-def _compare(size: str, samples: Sequence[Sequence[_Sample]]) -> list[Any]:
+def require(*tools: str) -> None:
+    """Raise click.ClickException if one of these programs is missing."""
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        raise click.ClickException(f"not in PATH: {', '.join(missing)}; apt-get install nginx-light wrk")
+
+
+def _compare(size: str, samples: Sequence[Sequence[Sample]]) -> list[Any]:
     bare, ours = samples
     row: list[Any] = [size]
     ratios = [b.cpu / a.cpu for a, b in zip(bare, ours, strict=True)]
-    row += [_median([s.cpu for s in bare]), _median([s.cpu for s in ours]), *median_and_min(ratios)]
+    row += [median([s.cpu for s in bare]), median([s.cpu for s in ours]), *median_and_min(ratios)]
     for of in ("p50", "p99"):
         a, b = ([getattr(sample, of) / 1000 for sample in way] for way in (bare, ours))
-        row += [_median(a), _median(b), _median([y / x for x, y in zip(a, b, strict=True)])]
+        row += [median(a), median(b), median([y / x for x, y in zip(a, b, strict=True)])]
     return row
 
 
-def _median(values: Sequence[float]) -> float:
+def median(values: Sequence[float]) -> float:
+    """Return the median."""
     return median_and_min(values)[0]
 
 
-def _steps(size: str, ways: Sequence[_Way], samples: Sequence[Sequence[_Sample]]) -> Table:
+def steps(
+    size: str, ways: Sequence[Way], samples: Sequence[Sequence[Sample]], title: str = "request"
+) -> Table:
+    """Compare all ways with the first one."""
     rows: list[list[Any]] = []
     for way, of in zip(ways, samples, strict=True):
         ratios = [sample.cpu / bare.cpu for sample, bare in zip(of, samples[0], strict=True)]
         added = [sample.cpu - bare.cpu for sample, bare in zip(of, samples[0], strict=True)]
-        cpu = _median([sample.cpu for sample in of])
-        rows.append([way.name, cpu, _median(added), *median_and_min(ratios)])
+        cpu = median([sample.cpu for sample in of])
+        rows.append([way.name, cpu, median(added), *median_and_min(ratios)])
     return Table(
-        f"request: where the CPU goes, {size}",
+        f"{title}: where the CPU goes, {size}",
         ["Envoy with", "CPU µs", "added µs", "x bare (median)", "(min)"],
         rows,
     )
 
 
-def _rounds(
-    ways: Sequence[_Way], script: Path, rounds: int, seconds: int, *, latency: bool = True
-) -> list[list[_Sample]]:
+def take_turns(
+    ways: Sequence[Way], script: Path, rounds: int, seconds: int, *, latency: bool = True
+) -> list[list[Sample]]:
     """Let the ways take turns, each round in another order; the first round warms up and does not count."""
-    samples: list[list[_Sample]] = [[] for _ in ways]
+    samples: list[list[Sample]] = [[] for _ in ways]
     for number in range(rounds + 1):
         for step in range(len(ways)):
             index = (number + step) % len(ways)
@@ -182,15 +193,15 @@ def _rounds(
     return samples
 
 
-def _sample(way: _Way, script: Path, seconds: int, *, latency: bool) -> _Sample:
+def _sample(way: Way, script: Path, seconds: int, *, latency: bool) -> Sample:
     before = cpu_seconds(way.pid)
     loaded = _wrk(way, script, connections=8, seconds=seconds)
     cpu = (cpu_seconds(way.pid) - before) / loaded["requests"] * 1e6
     alone = _wrk(way, script, connections=1, seconds=1) if latency else loaded
-    return _Sample(cpu, alone["p50"], alone["p99"])
+    return Sample(cpu, alone["p50"], alone["p99"])
 
 
-def _wrk(way: _Way, script: Path, *, connections: int, seconds: int) -> dict[str, int]:
+def _wrk(way: Way, script: Path, *, connections: int, seconds: int) -> dict[str, int]:
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), f"http://{way.address}/"]
     output = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, int] = json.loads(output.stderr)
@@ -199,7 +210,7 @@ def _wrk(way: _Way, script: Path, *, connections: int, seconds: int) -> dict[str
     return result
 
 
-def _script(directory: Path, length: int) -> Path:
+def chat_script(directory: Path, length: int) -> Path:
     """Write the script that makes wrk send a chat of `length` bytes, content only, as applications do."""
     body, script = directory / f"{length}.json", directory / f"{length}.lua"
     chat = {"messages": [{"role": "user", "content": ""}], "temperature": 0.7}
@@ -207,43 +218,44 @@ def _script(directory: Path, length: int) -> Path:
     escaped = len(json.dumps(_TEXT)) - 2
     chat["messages"] = [{"role": "user", "content": _TEXT * (room // escaped)}]
     body.write_text(json.dumps(chat), encoding="utf-8")
-    script.write_text(_WRK.format(body=body, host=_HOST), encoding="utf-8")
+    script.write_text(_WRK.format(body=body, host=HOST), encoding="utf-8")
     return script
 
 
-def _start(stack: ExitStack, directory: Path) -> list[_Way]:
+def _start(stack: ExitStack, directory: Path) -> list[Way]:
     """Start the upstream and an Envoy for each way: the bare one first, the real llmplane last."""
     authority = CertificateAuthority.create()
     ca_file = authority.write(directory / "ca")
-    write_pair(directory / "cert.pem", directory / "key.pem", authority.issue(_HOST))
-    port = stack.enter_context(_running_nginx(directory))
-    options = ["--connect-to", f"{_HOST}:443:127.0.0.1:{port}", "--ca-file", str(ca_file)]
+    write_pair(directory / "cert.pem", directory / "key.pem", authority.issue(HOST))
+    port = stack.enter_context(running_nginx(directory, ANSWER))
+    options = ["--connect-to", f"{HOST}:443:127.0.0.1:{port}", "--ca-file", str(ca_file)]
     mesh = LocalMesh(directory / "mesh", serve_options=options)
     mesh.config.mkdir(parents=True)
-    text = provider(*_HOST.split(".", 1))
+    text = provider(*HOST.split(".", 1))
     (mesh.config / "provider.yaml").write_text(text, encoding="utf-8")
     stack.enter_context(mesh)
     assert mesh.proxy is not None
-    settings = mesh_settings(None, [(Address(_HOST, 443), Address("127.0.0.1", port))], ca_file)
+    settings = mesh_settings(None, [(Address(HOST, 443), Address("127.0.0.1", port))], ca_file)
     static = as_static(translated([text], settings))
-    empty = _with_filters(static, ["Lua", "CredentialInjector"], "")
+    empty = with_filters(static, ["Lua", "CredentialInjector"], "")
     ways = [
-        _running(stack, "bare router", _bare(port, ca_file)),
-        _running(stack, "+ our listener, routes and cluster", _with_filters(static, [])),
-        _running(stack, "+ credential injector", _with_filters(static, ["CredentialInjector"])),
-        _running(stack, "+ empty Lua filter", empty),
-        _running(stack, "+ the shipped script", static),
+        running(stack, "bare router", bare(port, ca_file)),
+        running(stack, "+ our listener, routes and cluster", with_filters(static, [])),
+        running(stack, "+ credential injector", with_filters(static, ["CredentialInjector"])),
+        running(stack, "+ empty Lua filter", empty),
+        running(stack, "+ the shipped script", static),
     ]
-    return [*ways, _Way("llmplane, all of it", f"{mesh.bind_address}:{HTTP_PROXY_PORT}", mesh.proxy.pid)]
+    return [*ways, Way("llmplane, all of it", f"{mesh.bind_address}:{HTTP_PROXY_PORT}", mesh.proxy.pid)]
 
 
-def _running(stack: ExitStack, name: str, resources: dict[str, Any]) -> _Way:
+def running(stack: ExitStack, name: str, resources: dict[str, Any], **more: Any) -> Way:
+    """Start an Envoy with static resources; `more` are other members of its bootstrap."""
     node = {"id": "bench", "cluster": "bench"}
-    envoy = stack.enter_context(running_envoy({"node": node, "static_resources": resources}))
-    return _Way(name, f"127.0.0.1:{envoy.port(resources['listeners'][0]['name'])}", envoy.pid)
+    envoy = stack.enter_context(running_envoy({"node": node, "static_resources": resources, **more}))
+    return Way(name, f"127.0.0.1:{envoy.port(resources['listeners'][0]['name'])}", envoy.pid)
 
 
-def _with_filters(static: dict[str, Any], kept: Sequence[str], script: str | None = None) -> dict[str, Any]:
+def with_filters(static: dict[str, Any], kept: Sequence[str], script: str | None = None) -> dict[str, Any]:
     """Return the translator's configuration with these upstream filters only, and another Lua text."""
     changed: dict[str, Any] = json.loads(json.dumps(static))
     for cluster in changed["clusters"]:
@@ -260,7 +272,7 @@ def _with_filters(static: dict[str, Any], kept: Sequence[str], script: str | Non
     return changed
 
 
-def _bare(port: int, ca_file: Path) -> dict[str, Any]:
+def bare(port: int, ca_file: Path) -> dict[str, Any]:
     """Return the least that proxies to the upstream: Envoy's defaults, TLS verified."""
     router = {"name": "router", "typed_config": {"@type": f"{_EXTENSIONS}.filters.http.router.v3.Router"}}
     route = {"match": {"prefix": "/"}, "route": {"cluster": "upstream"}}
@@ -272,16 +284,16 @@ def _bare(port: int, ca_file: Path) -> dict[str, Any]:
     }
     listener = {
         "name": "bare",
-        "address": _socket(0),
+        "address": socket_address(0),
         "filter_chains": [{"filters": [{"name": "manager", "typed_config": manager}]}],
     }
     tls = {
         "@type": f"{_EXTENSIONS}.transport_sockets.tls.v3.UpstreamTlsContext",
-        "sni": _HOST,
+        "sni": HOST,
         "auto_sni_san_validation": True,
         "common_tls_context": {"validation_context": {"trusted_ca": {"filename": str(ca_file)}}},
     }
-    endpoints = [{"lb_endpoints": [{"endpoint": {"address": _socket(port)}}]}]
+    endpoints = [{"lb_endpoints": [{"endpoint": {"address": socket_address(port)}}]}]
     cluster = {
         "name": "upstream",
         "load_assignment": {"cluster_name": "upstream", "endpoints": endpoints},
@@ -290,15 +302,17 @@ def _bare(port: int, ca_file: Path) -> dict[str, Any]:
     return {"listeners": [listener], "clusters": [cluster]}
 
 
-def _socket(port: int) -> dict[str, Any]:
+def socket_address(port: int) -> dict[str, Any]:
+    """Return a port of 127.0.0.1 as Envoy's core.v3.Address."""
     return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
 
 
 @contextmanager
-def _running_nginx(directory: Path) -> Iterator[int]:
+def running_nginx(directory: Path, answer: str) -> Iterator[int]:
+    """Run nginx as the provider HOST: TLS, and the same JSON for each request. Yields its port."""
     port, answer_port = free_port(), free_port()
     config = directory / "nginx.conf"
-    text = _NGINX.format(directory=directory, port=port, answer_port=answer_port, answer=_ANSWER)
+    text = _NGINX.format(directory=directory, port=port, answer_port=answer_port, answer=answer)
     config.write_text(text, encoding="utf-8")
     command = ["nginx", "-c", str(config), "-g", "daemon off;"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:

@@ -179,7 +179,7 @@ class _Plane:
         """Where the proxy opens its listeners."""
         return self._proxy.bind_address
 
-    def group(self, node: Node) -> Hashable:  # noqa: ARG002 - there is one proxy
+    def group(self, node: Node, identity: object) -> Hashable:  # noqa: ARG002 - there is one proxy
         """Return the one group of proxies."""
         return self._proxy
 

@@ -53,6 +53,13 @@ class ServicePort(Model):
     port: Port
     name: str = ""
     protocol: str = "TCP"
+    target_port: int | str | None = None
+    """Port of the pods, or its name."""
+
+    @property
+    def target(self) -> int:
+        """The port of the pods, as far as the Service tells it: a name is known to the pods alone."""
+        return self.target_port if isinstance(self.target_port, int) else self.port
 
 
 class ServiceSpec(Model):

@@ -7,12 +7,13 @@ DestinationRule's names where it has one. An API key never appears in a repr or 
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
-from crds.meta import BaseObject, Model, WorkloadSelector
-from crds.problems import Finding
+from crds.meta import BaseObject, Model, WorkloadSelector, cel
+from crds.problems import Finding, ObjectKey
 from crds.values import (
     Count,
     DnsName,
@@ -22,6 +23,7 @@ from crds.values import (
     JsonMembers,
     KubernetesName,
     Line,
+    OperationPath,
     Port,
     PositiveDuration,
     RequestPath,
@@ -80,6 +82,9 @@ class OpenAIConfig(Model):
     """The model, whatever the client asks for."""
     stream: Annotated[bool, Field(strict=True)] | None = None
     """The value of `stream` for requests that have none."""
+    stream_usage: Annotated[bool, Field(strict=True)] | None = None
+    """Ask for the usage of streams with `stream_options.include_usage`, where the client says nothing of it,
+    and keep the chunk that answers it from the client. Default true; false for providers that reject it."""
     api_key: Annotated[SecretStr, BeforeValidator(_api_key)] | None = None
     """The key, sent as `Authorization: Bearer`. In files, ${NAME} stands for an environment variable."""
     api_key_secret_ref: SecretKeyRef | None = None
@@ -138,6 +143,7 @@ class OpenAIConfig(Model):
         key = self if self.has_key else base
         return OpenAIConfig.model_construct(
             **(kept(base._fields) | self._fields),
+            stream_usage=base.stream_usage if self.stream_usage is None else self.stream_usage,
             api_key=key.api_key,
             api_key_secret_ref=key.api_key_secret_ref,
             defaults=kept(base.defaults) | dict(self.defaults),
@@ -172,6 +178,26 @@ class Endpoint(Model):
 
 class ClientTLSSettings(Model):
     """TLS to the provider, with the names of Istio's DestinationRule."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            {
+                "mode MUTUAL needs credentialName": (
+                    "!has(self.mode) || self.mode != 'MUTUAL' || has(self.credentialName)"
+                ),
+                "credentialName has no effect without mode MUTUAL": (
+                    "!has(self.credentialName) || (has(self.mode) && self.mode == 'MUTUAL')"
+                ),
+                "caCertificates, sni and insecureSkipVerify have no effect with mode DISABLE": (
+                    "!has(self.mode) || self.mode != 'DISABLE' || !(has(self.caCertificates) || has(self.sni)"
+                    " || (has(self.insecureSkipVerify) && self.insecureSkipVerify))"
+                ),
+                "caCertificates has no effect with insecureSkipVerify": (
+                    "!has(self.caCertificates) || !has(self.insecureSkipVerify) || !self.insecureSkipVerify"
+                ),
+            }
+        )
+    )
 
     mode: Literal["SIMPLE", "MUTUAL", "DISABLE"] = "SIMPLE"
     """SIMPLE: TLS. MUTUAL: with a certificate of ours, too. DISABLE: no TLS."""
@@ -211,7 +237,17 @@ class ClientTLSSettings(Model):
 class Operation(Model):
     """A further operation that the provider serves, besides that of spec.path."""
 
-    path: RequestPath
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            {
+                "model has no effect with method GET or DELETE": (
+                    "!has(self.model) || !has(self.method) || !(self.method in ['GET', 'DELETE'])"
+                )
+            }
+        )
+    )
+
+    path: OperationPath
     """Path below the prefix that it shares with spec.path, such as /images/generations."""
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"] = "POST"
     """HTTP method."""
@@ -252,6 +288,16 @@ def _default_port(validated: dict[str, Any]) -> int:
 class LLMProviderSpec(Model):
     """An LLM provider: where it is and what is added to requests."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            {
+                "exportTo has no effect on other namespaces beside '*'": (
+                    "!has(self.exportTo) || size(self.exportTo) < 2 || !('*' in self.exportTo)"
+                )
+            }
+        )
+    )
+
     workload_selector: WorkloadSelector | None = None
     """The workloads that may call the provider (default: those of the namespace; istio-system: all)."""
     host: Host
@@ -264,7 +310,7 @@ class LLMProviderSpec(Model):
     """TCP port of the provider. Default 443; 80 with tls.mode DISABLE."""
     endpoints: tuple[Endpoint, ...] = ()
     """Where to connect (default: what spec.host resolves to). The TLS name stays."""
-    export_to: tuple[ExportTo, ...] = ()
+    export_to: Annotated[tuple[ExportTo, ...], Field(max_length=1024)] = ()
     """Namespaces whose LLMRoutes may refer to the provider (default: all)."""
     operations: tuple[Operation, ...] = ()
     """Further operations that the provider serves."""
@@ -313,9 +359,25 @@ class LLMProvider(BaseObject):
     kind: Literal["LLMProvider"]
     spec: LLMProviderSpec
 
+    @cached_property
+    def secrets(self) -> tuple[ObjectKey, ...]:
+        """The Secrets that hold its keys and its certificate."""
+        configs = (
+            self.spec.configs.default_config,
+            *self.spec.configs.route_specific_configs.values(),
+        )
+        refs = (config.open_ai_config.api_key_secret_ref for config in configs)
+        names = [*(ref.name for ref in refs if ref), self.spec.tls.credential_name]
+        return tuple(ObjectKey("Secret", self.namespace, name) for name in dict.fromkeys(names) if name)
+
+    @property
+    def is_exported_to_all(self) -> bool:
+        """Whether LLMRoutes of every namespace may refer to the provider."""
+        return not self.spec.export_to or "*" in self.spec.export_to
+
     def exported_to(self, namespace: str) -> bool:
         """Whether spec.exportTo lets LLMRoutes of this namespace refer to the provider."""
-        if not self.spec.export_to or "*" in self.spec.export_to:
+        if self.is_exported_to_all:
             return True
         return namespace in self.spec.export_to or (
             "." in self.spec.export_to and namespace == self.namespace

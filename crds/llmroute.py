@@ -5,12 +5,13 @@ The fields of ASM's reference page and Go types; `timeout` and `retries` are tho
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from crds.meta import BaseObject, Model, StringMatch
+from crds.meta import BaseObject, Model, StringMatch, cel
 from crds.problems import Finding
 from crds.values import (
     NOT_EMPTY,
@@ -55,7 +56,7 @@ RETRY_POLICIES = frozenset(
 )
 """Envoy's words for `retryOn` (its docs: HTTP filters, router)."""
 
-_MAX_TOTAL_WEIGHT = 2**32 - 1  # Envoy: WeightedCluster
+MAX_TOTAL_WEIGHT = 2**32 - 1  # Envoy: WeightedCluster
 
 
 def resolve_gateway(name: str, namespace: str) -> str:
@@ -170,6 +171,16 @@ def _retry_on(text: str) -> str:
 class Retries(Model):
     """When and how often a request is sent again, as in a VirtualService."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            {
+                "attempts 0 turns retries off, but other fields of them are set": (
+                    "self.attempts > 0 || !(has(self.perTryTimeout) || has(self.retryOn))"
+                )
+            }
+        )
+    )
+
     attempts: Count
     """How often at most; 0 = never."""
     per_try_timeout: PositiveDuration | None = None
@@ -200,11 +211,23 @@ class Retries(Model):
 class LLMRule(Model):
     """Destinations, and the requests that go there."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            {
+                # Priority by priority, as below, it would cost more than an API server allows.
+                "the weights are all 0: nothing gets requests": (
+                    "size(self.backendRefs) < 2"
+                    " || self.backendRefs.exists(r, !has(r.weight) || r.weight > 0 || has(r.priority))"
+                )
+            }
+        )
+    )
+
     name: RuleName | None = None
     """Name that LLMProviders refer to in routeSpecificConfigs."""
     matches: tuple[LLMRequestMatch, ...] = ()
     """Which requests: those that meet any of these (default: all)."""
-    backend_refs: Annotated[tuple[LLMBackendRef, ...], *NOT_EMPTY]
+    backend_refs: Annotated[tuple[LLMBackendRef, ...], Field(max_length=64), *NOT_EMPTY]
     """Where they go."""
     timeout: Duration | None = None
     """Time for the whole request with its retries; 0s = no limit."""
@@ -247,9 +270,9 @@ class LLMRule(Model):
                 raise invalid(
                     Finding(("backendRefs",), f"the weights of {places} are all 0: nothing gets requests")
                 )
-            if total > _MAX_TOTAL_WEIGHT:
+            if total > MAX_TOTAL_WEIGHT:
                 raise invalid(
-                    Finding(("backendRefs",), f"the weights add up to more than {_MAX_TOTAL_WEIGHT}")
+                    Finding(("backendRefs",), f"the weights add up to more than {MAX_TOTAL_WEIGHT}")
                 )
         return self
 
@@ -285,7 +308,7 @@ class LLMRouteSpec(Model):
     """Host that clients call: a DNS name, the short name of a Service, *.suffix or *."""
     gateways: tuple[GatewayName, ...] = ()
     """Where the route applies: mesh (all sidecars), and gateways by name (default: mesh)."""
-    rules: Annotated[tuple[LLMRule, ...], *NOT_EMPTY]
+    rules: Annotated[tuple[LLMRule, ...], Field(max_length=256), *NOT_EMPTY]
     """The first rule that matches is used."""
 
 
@@ -295,10 +318,15 @@ class LLMRoute(BaseObject):
     kind: Literal["LLMRoute"]
     spec: LLMRouteSpec
 
-    @property
+    @cached_property
     def gateways(self) -> frozenset[str]:
         """Where the route applies: `mesh` and `namespace/name`."""
         return frozenset(resolve_gateway(name, self.namespace) for name in self.spec.gateways or (MESH,))
+
+    @cached_property
+    def has_backends(self) -> bool:
+        """Whether some requests go to anything else than providers."""
+        return any(ref.backend_ref is not None for rule in self.spec.rules for ref in rule.backend_refs)
 
     def warnings(self) -> list[Finding]:
         """Tell of rules and matches that nothing reaches, and of what the rules themselves warn of."""

@@ -16,6 +16,7 @@ from crds import kinds, placeholders, validation
 from crds.document import Chunk, Document, Flaw, Node
 from crds.meta import DEFAULT_NAMESPACE, BaseObject, ObjectMeta
 from crds.problems import Finding, ObjectKey, Path, Problem, Severity, field_name
+from crds.unreadable import SECURITY_KINDS, UnreadablePolicy, meant_kind, selected_labels
 from crds.values import describe
 
 
@@ -81,6 +82,8 @@ class Loaded:
     """Objects that the file has, but broken, with their place: keep their last good version."""
     broken: bool
     """Whether it is not known of some document which object it is: remove nothing because of this file."""
+    unreadable: tuple[tuple[UnreadablePolicy, Location], ...] = ()
+    """Security policies that the file has, but broken: they deny where no good version of them is known."""
 
 
 def load(text: str, file: str, variables: Mapping[str, str], before: Loaded | None = None) -> Loaded:
@@ -97,7 +100,8 @@ def load(text: str, file: str, variables: Mapping[str, str], before: Loaded | No
             reader.objects.append(known[chunk.text].moved(chunk.lines_before))
         else:
             reader.read(documents.compose(chunk), chunk)
-    return combine([Loaded(tuple(reader.objects), tuple(reader.problems), reader.invalid, reader.broken)])
+    parts = tuple(reader.objects), tuple(reader.problems), reader.invalid, reader.broken
+    return combine([Loaded(*parts, tuple(reader.unreadable))])
 
 
 def _flawless(loaded: Loaded) -> dict[str, LoadedObject]:
@@ -143,9 +147,11 @@ def combine(parts: Iterable[Loaded]) -> Loaded:
     problems: list[Problem] = []
     invalid: dict[ObjectKey, Location] = {}
     first: dict[ObjectKey, Location] = {}
+    unreadable: list[tuple[UnreadablePolicy, Location]] = []
     broken = False
     for part in parts:
         problems += part.problems
+        unreadable += part.unreadable
         broken |= part.broken
         found: list[tuple[Location, ObjectKey, LoadedObject | None]] = [
             (Location(loaded.file, loaded.line), loaded.key, loaded) for loaded in part.objects
@@ -161,7 +167,7 @@ def combine(parts: Iterable[Loaded]) -> Loaded:
                 objects.append(loaded)
             else:
                 invalid[key] = location
-    return Loaded(tuple(objects), tuple(problems), invalid, broken)
+    return Loaded(tuple(objects), tuple(problems), invalid, broken, tuple(unreadable))
 
 
 class _Reader:
@@ -172,13 +178,14 @@ class _Reader:
         self.problems: list[Problem] = []
         self.invalid: dict[ObjectKey, Location] = {}
         self.broken = False
+        self.unreadable: list[tuple[UnreadablePolicy, Location]] = []
         self._file = file
         self._variables = variables
 
     def read(self, document: Document, chunk: Chunk) -> None:
         root = document.root
         if not document.readable:
-            self._unreadable(document)
+            self._unreadable(document, chunk)
         elif root and (root.members is not None or root.items is not None or root.scalar is not None):
             items = root.get("items")
             if items and items.items is not None and _text(root.get("kind")) == "List":
@@ -186,13 +193,18 @@ class _Reader:
             else:
                 self._object(root, chunk, document.flaws)
 
-    def _unreadable(self, document: Document) -> None:
+    def _unreadable(self, document: Document, chunk: Chunk) -> None:
         metadata = document.root and document.root.get("metadata")
         # An incomplete metadata may be that of another namespace than it seems.
         key = _key(document.root) if document.root and metadata and metadata.complete else None
         for flaw in document.flaws:
             self._problem(flaw.line, key, Finding(flaw.path, flaw.message), column=flaw.column)
         self._set_invalid(document.root, key)
+        # What kind it is may stand behind the place up to which it can be read.
+        kind = _text(document.root.get("kind")) if document.root else ""
+        for name in (kind,) if kind else sorted(SECURITY_KINDS):
+            if name in chunk.text:
+                self._set_unreadable(name, key, None, chunk.lines_before + 1)
 
     def _list(self, items: list[Node], flaws: list[Flaw], chunk: Chunk) -> None:
         """Read the items of a `kind: List`, which is what `kubectl get -o yaml` prints."""
@@ -212,6 +224,13 @@ class _Reader:
         except _NoObjectError as error:
             self._problem(node.line_of(error.finding.path), key, error.finding)
             self.broken |= error.unknown
+            kind = meant_kind(_text(node.get("apiVersion")), _text(node.get("kind")))
+            known = key or _nameless(node)
+            if known:
+                known = known._replace(kind=kind)
+            if kind in SECURITY_KINDS:
+                self._set_invalid(node, known if known and known.name else None)
+            self._set_unreadable(kind, known, selected_labels(node.plain()), node.line)
             return
         if model is None:
             return
@@ -229,6 +248,10 @@ class _Reader:
             # Which of two names is meant is not known.
             unsure = any(flaw.path[:1] == ("metadata",) for flaw in flaws)
             self._set_invalid(node, None if unsure else key)
+            ambiguous = any(flaw.path[:2] in {(), ("spec",), ("spec", "selector")} for flaw in flaws)
+            labels = None if ambiguous else selected_labels(content)
+            known = None if unsure else key or _nameless(node)
+            self._set_unreadable(_text(node.get("kind")), known, labels, node.line)
             return
         for finding in result.warnings():
             self._problem(node.line_of(finding.path), key, finding, Severity.WARNING)
@@ -242,6 +265,13 @@ class _Reader:
             self.invalid.setdefault(key, Location(self._file, node.line))
         else:
             self.broken = True
+
+    def _set_unreadable(
+        self, kind: str, key: ObjectKey | None, labels: Mapping[str, str] | None, line: int
+    ) -> None:
+        if kind in SECURITY_KINDS:
+            policy = UnreadablePolicy(key or ObjectKey(kind, "", ""), labels if key else None)
+            self.unreadable.append((policy, Location(self._file, line)))
 
     def _problem(
         self,
@@ -290,6 +320,21 @@ def _model(node: Node) -> type[BaseObject] | None:
 
 def _text(node: Node | None) -> str:
     return node.scalar if node and isinstance(node.scalar, str) else ""
+
+
+def _nameless(node: Node) -> ObjectKey | None:
+    """Return kind and namespace of an object whose name cannot be read, as far as these can."""
+    metadata = node.get("metadata")
+    if not metadata or metadata.members is None:
+        return None
+    names = {"name": "unknown"}
+    if "namespace" in metadata.members:
+        names["namespace"] = metadata.members["namespace"].node.plain()
+    try:
+        namespace = ObjectMeta.model_validate(names).namespace
+    except ValidationError:
+        return None
+    return ObjectKey(_text(node.get("kind")), namespace, "")
 
 
 def _key(node: Node) -> ObjectKey | None:

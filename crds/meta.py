@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
@@ -18,6 +19,12 @@ VERSIONS = ("v1beta1", "v1")
 
 DEFAULT_NAMESPACE = "default"
 """The namespace of an object that names none."""
+
+
+def cel(rules: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a CRD's schema says of rules between fields: their messages, and what must hold (CEL)."""
+    validations = [{"rule": rule, "message": message} for message, rule in rules.items()]
+    return {"x-kubernetes-validations": validations}
 
 
 class Model(BaseModel):
@@ -126,10 +133,16 @@ class BaseObject(Model):
         """The object's namespace."""
         return self.metadata.namespace
 
-    @property
+    @cached_property
     def key(self) -> ObjectKey:
         """What names the object."""
         return ObjectKey(self.kind, self.namespace, self.name)
+
+    @cached_property
+    def age(self) -> tuple[str, str, str]:
+        """A key that sorts the older first, then by name and namespace, as Istio; files have no age."""
+        created = self.metadata.creation_timestamp
+        return (created.isoformat() if created else "", self.name, self.namespace)
 
     def warnings(self) -> list[Finding]:
         """Tell of what is valid, but probably not what was meant."""

@@ -28,6 +28,7 @@ _TEXTS = {
     "llmplane": "{text}",
     "value_error": "{error}",
     "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
 }

@@ -105,7 +105,11 @@ def _host(text: str) -> str:
     return text if _is_ip(text) else _dns_name(text)
 
 
-def _route_host(text: str) -> str:
+def route_host(text: str) -> str:
+    """Check a host that clients call, and return it in lower case.
+
+    Raises `ValueError` where it is neither a DNS name, nor an IP address, nor one of `*` and `*.suffix`.
+    """
     if text == "*":
         return text
     if text.startswith("*."):
@@ -171,6 +175,11 @@ def _check_gateway_part(check: Any, text: str) -> None:
         check(text)
     except ValueError:
         raise ValueError("must be 'mesh', 'name', 'namespace/name' or './name'") from None
+
+
+def _service(text: str) -> str:
+    namespace, slash, name = text.rpartition("/")
+    return f"{_namespace(namespace)}/{_host(name)}" if slash else _host(name)
 
 
 def _export_to(text: str) -> str:
@@ -321,7 +330,7 @@ DnsName = Annotated[
 
 RouteHost = Annotated[
     str,
-    AfterValidator(_route_host),
+    AfterValidator(route_host),
     WithJsonSchema(
         {
             **_HOST_SCHEMA,
@@ -341,6 +350,12 @@ RequestPath = Annotated[
     str, AfterValidator(_path), WithJsonSchema({"type": "string", "pattern": r'^/[!"$-~]*$'})
 ]
 """The path of a request, with its query."""
+
+OperationPath = Annotated[
+    RequestPath,
+    WithJsonSchema({"type": "string", "pattern": r'^/[!"$->@-~]*[!"$-.0->@-~]$'}),
+]
+"""The path of an operation below another one: no query, and no `/` at its end (what it is in checks that)."""
 
 FilePath = Annotated[str, AfterValidator(_file_path), WithJsonSchema({"type": "string", "pattern": "^/"})]
 """The absolute path of a file on the machine of the proxy."""
@@ -379,10 +394,17 @@ GatewayName = Annotated[
 ]
 """`mesh`, `name`, `namespace/name` or `./name`, as in a VirtualService."""
 
+ServiceName = Annotated[
+    str,
+    AfterValidator(_service),
+    WithJsonSchema({"type": "string", "minLength": 1, "pattern": "^([a-z0-9-]+/)?[0-9A-Za-z.:-]+$"}),
+]
+"""`[<namespace>/]<host>`, as in Istio's MeshConfig.ExtensionProvider."""
+
 ExportTo = Annotated[
     str,
     AfterValidator(_export_to),
-    WithJsonSchema({"type": "string", "pattern": rf"^(\.|\*|{_KUBERNETES_LABEL.pattern})$"}),
+    WithJsonSchema({"type": "string", "maxLength": 63, "pattern": rf"^(\.|\*|{_KUBERNETES_LABEL.pattern})$"}),
 ]
 """`.` (own namespace), `*` (all) or the name of a namespace, as in Istio."""
 

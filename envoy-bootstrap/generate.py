@@ -18,7 +18,7 @@ ADMIN_SOCKET = Path("/tmp/llmplane-admin.sock")  # noqa: S108 - in the container
 SCRIPTS = {lua.SCRIPT_SHA256: Path("/etc/envoy/llm_provider.lua")}
 
 PROXIES = {
-    # A sidecar shares the network of its workload: loopback is all that it needs.
+    # A sidecar shares the network of its workload: loopback is all that it needs, but for Prometheus.
     "sidecar.json": ProxySettings(
         type=ProxyType.SIDECAR,
         xds_host=XDS[0],
@@ -26,6 +26,7 @@ PROXIES = {
         namespace="default",
         workload="sleep",
         labels={"app": "sleep"},
+        status_address="0.0.0.0",  # noqa: S104 - in the container
         admin_socket=ADMIN_SOCKET,
         scripts=SCRIPTS,
         instance="compose",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from translator import policies
 from xds.resources import SDS, Resource
 
 _LOG = structlog.get_logger(__name__)
@@ -27,7 +28,7 @@ class AcknowledgedFile:
     """Acknowledged resources by the refused version that they stand in for (an xds.group.Archive).
 
     Written when something is refused and read again when something has no stand-in: both are rare. Secrets
-    are never kept. A file that cannot be used is no error, but a warning in the log.
+    and clients' API keys are never kept. A file that cannot be used is no error, but a warning in the log.
     """
 
     def __init__(self, file: Path) -> None:
@@ -36,7 +37,7 @@ class AcknowledgedFile:
     def put(self, refused: _Refused, good: Resource) -> None:
         """Remember what stands in for a refused version."""
         resources = self._read()
-        if good.type_url == SDS or resources.get(refused) == good:
+        if good.type_url == SDS or policies.holds_keys(good) or resources.get(refused) == good:
             return
         resources.pop(refused, None)
         resources[refused] = good

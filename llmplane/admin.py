@@ -1,16 +1,27 @@
-"""The admin endpoints of ``llmplane serve``; nothing here shows a key."""
+"""The admin endpoints of ``llmplane serve``; nothing here shows a key.
+
+On an address that other machines reach, they speak TLS, and what is below /debug is only for those who may
+see what concerns all (`Access`). Health and metrics are for everybody: probes have no credentials.
+"""
 
 import asyncio
 import inspect
-from collections.abc import Callable
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiohttp import web
 
 from llmplane import metrics
 from llmplane.address import Address
+from llmplane.auth import FileAuthenticator, ServerCertificate
 from llmplane.dump import to_yaml
 from xds.resources import Resource
+from xds.server import Node, NodeRejected, Peer, Unauthenticated
+
+_Handler = Callable[[web.Request], Awaitable[web.Response]]
+_NOBODY = Node(id="", cluster="", metadata={}, version="")
 
 
 class Insight(Protocol):
@@ -35,13 +46,58 @@ class Insight(Protocol):
         """For /metrics."""
 
 
-class AdminServer:
-    """Serves GET requests; the methods that begin with ``_get`` say what each answers."""
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may see what is below /debug, by the credentials of the xDS port."""
 
-    def __init__(self, insight: Insight) -> None:
+    certificate: ServerCertificate
+    authenticator: FileAuthenticator
+    root_namespace: str
+
+    async def check(self, request: web.Request) -> None:
+        """Raise HTTPUnauthorized or HTTPForbidden if the sender of a request may not see everything."""
+        connection: ssl.SSLObject = request.get_extra_info("ssl_object")
+        if connection.context is not self.certificate.context():
+            raise web.HTTPUnauthorized(text="this connection is older than the credentials; make a new one\n")
+        certificate: dict[str, Any] = connection.getpeercert() or {}
+        names = certificate.get("subjectAltName", ())
+        peer = Peer(
+            request.remote or "",
+            tuple(name for kind, name in names if kind == "URI"),
+            tuple(name for kind, name in names if kind == "DNS"),
+        )
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        try:
+            identity = await self.authenticator.authenticate(peer, headers, _NOBODY)
+        except Unauthenticated as error:
+            raise web.HTTPUnauthorized(text=f"{error}\n", headers={"WWW-Authenticate": "Bearer"}) from None
+        except NodeRejected as error:
+            raise web.HTTPForbidden(text=f"{error}\n") from None
+        if not identity.oversees(self.root_namespace):
+            text = f"these credentials are not for every namespace, nor for {self.root_namespace}\n"
+            raise web.HTTPForbidden(text=text)
+
+    def guarded(self, handler: _Handler) -> _Handler:
+        """Return a handler that does the same for those who may."""
+
+        async def handle(request: web.Request) -> web.Response:
+            await self.check(request)
+            return await handler(request)
+
+        return handle
+
+
+class AdminServer:
+    """Serves GET requests; the methods that begin with ``_get`` say what each answers.
+
+    Without `access` everybody may see everything, without TLS.
+    """
+
+    def __init__(self, insight: Insight, access: Access | None = None) -> None:
         self._insight = insight
+        self._access = access
         self._dumping = asyncio.Lock()
-        endpoints = {
+        endpoints: dict[str, _Handler] = {
             "/healthz": self._get_healthz,
             "/readyz": self._get_readyz,
             "/metrics": self._get_metrics,
@@ -53,13 +109,16 @@ class AdminServer:
         self._index = "".join(f"{path}\n{_indented(handler)}\n" for path, handler in endpoints.items())
         app = web.Application()
         for path, handler in {**endpoints, "/debug/": self._get_index, "/debug": self._get_index}.items():
+            if access and path.startswith("/debug"):
+                handler = access.guarded(handler)  # noqa: PLW2901
             app.router.add_get(path, handler)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
 
     async def start(self, address: Address) -> Address:
         """Listen; return the address with the real port. Raises OSError."""
         await self._runner.setup()
-        site = web.TCPSite(self._runner, address.host, address.port)
+        context = self._access.certificate.context() if self._access else None
+        site = web.TCPSite(self._runner, address.host, address.port, ssl_context=context)
         await site.start()
         return Address(address.host, self._runner.addresses[0][1])
 

@@ -2,30 +2,36 @@
 
 A stream is authenticated when it begins: `FileAuthenticator` makes an `Identity` of what the peer proves,
 and the identity then admits what the peer claims in its node message, or does not (as Istio does in its
-`pilot/pkg/xds/auth.go`). Another way to prove something, such as Kubernetes' TokenReview, is another
-`xds.server.Authenticator` that returns an `Identity`.
+`pilot/pkg/xds/auth.go`). When the files change, that is done again, for a CA too: a connection was verified
+when it began, and its certificate need not be of a CA of today. Another way to prove something, such as
+Kubernetes' TokenReview, is another `xds.server.Authenticator` that returns an `Identity`.
 
-All files are read again when the next peer comes, so a change needs no restart. One that cannot be read then
-changes nothing: the last good content stays in use, and the log says so. No text here holds a token.
+All files are read again when the next peer comes and every second, so a change needs no restart. One that
+cannot be read then changes nothing: the last good content stays in use, and the log says so. No text here
+holds a token.
 """
 
 import hashlib
 import hmac
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
 
 import grpc
 import structlog
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import TypeAdapter, ValidationError
 
 from crds.values import KubernetesName, Namespace
 from llmplane.bootstrap import XdsCredentials
-from translator.proxy import Proxy
+from llmplane.certificates import write_pair
+from translator.proxy import Proxy, WorkloadCertificate
 from xds.server import Node, NodeRejected, Peer, Unauthenticated
 
 _LOG = structlog.get_logger(__name__)
@@ -100,6 +106,17 @@ class Identity:
                 proxy = replace(proxy, labels=grant.labels)
         return proxy
 
+    def oversees(self, root_namespace: str) -> bool:
+        """Whether it may see what concerns all: if it stands for every namespace, or for the root namespace.
+
+        As in Istio, where the debug endpoints show all to its own namespace only.
+        """
+        namespaces = (EVERY_NAMESPACE, root_namespace)
+        return all(
+            any(grant.namespace in namespaces and not grant.workload for grant in grants)
+            for grants in self.proofs
+        )
+
 
 class _Watched(Generic[_T]):
     """What files mean; read again on every call, and the last good meaning stays while they are broken."""
@@ -108,6 +125,7 @@ class _Watched(Generic[_T]):
         self._files = files
         self._parse = parse
         self._problem = ""
+        self._revision = 0
         self._contents = self._read()
         self._value = parse(self._contents)
 
@@ -117,6 +135,7 @@ class _Watched(Generic[_T]):
             if contents != self._contents:
                 self._value = self._parse(contents)
                 self._contents = contents
+                self._revision += 1
                 _LOG.info("credentials read again", files=[str(file) for file in self._files])
             self._problem = ""
         except CredentialsError as error:
@@ -124,6 +143,11 @@ class _Watched(Generic[_T]):
                 self._problem = str(error)
                 _LOG.error("credentials cannot be used; the last good ones stay in use", problem=str(error))
         return self._value
+
+    def revision(self) -> int:
+        """Return how often the meaning changed."""
+        self()
+        return self._revision
 
     def _read(self) -> tuple[bytes, ...]:
         return tuple(map(_read, self._files))
@@ -138,6 +162,7 @@ class ServerCertificate:
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
         self._files = (certificate, key, *([client_ca] if client_ca else []))
         self._current = _Watched(self._files, self._check)
+        self._context: tuple[int, ssl.SSLContext] | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials that ask the files again for each new connection.
@@ -150,6 +175,33 @@ class ServerCertificate:
             self._configuration,
             require_client_authentication=len(self._files) > 2,  # noqa: PLR2004
         )
+
+    def context(self) -> ssl.SSLContext:
+        """Return the TLS context of today, for HTTP; a new object when the files change.
+
+        Each new connection gets it also from a context of before. A client may come without a certificate;
+        sessions are not resumed (see above).
+        """
+        revision = self._current.revision()
+        if self._context is None or self._context[0] != revision:
+            certificate, key, *client_ca = self._current()
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
+            # OpenSSL's Python interface reads certificates from files only.
+            with TemporaryDirectory() as directory:
+                files = Path(directory, "certificate.pem"), Path(directory, "key.pem")
+                write_pair(*files, (certificate, key))
+                context.load_cert_chain(*files)
+            for pem in client_ca:
+                context.load_verify_locations(cadata=pem.decode())
+                context.verify_mode = ssl.CERT_OPTIONAL
+            context.sni_callback = self._follow
+            self._context = revision, context
+        return self._context[1]
+
+    def _follow(self, connection: ssl.SSLObject, *_: object) -> None:
+        connection.context = self.context()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         # A new object each time: gRPC takes what is in it away.
@@ -177,6 +229,41 @@ class ServerCertificate:
         return contents
 
 
+class ClientCA:
+    """The CA certificates (PEM) that clients' must be of. Raises CredentialsError."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._current = _Watched((file,), self._parse)
+
+    def revision(self) -> int:
+        """Return how often the file changed."""
+        return self._current.revision()
+
+    def issued(self, chain: bytes) -> bool:
+        """Whether a chain that was good for some CA before is good for one of today.
+
+        It is the certificate of a peer and those between it and a CA, in PEM.
+        """
+        authorities = self._current()
+        try:
+            certificates = x509.load_pem_x509_certificates(chain)
+        except ValueError:
+            return False
+        for certificate, between in zip(certificates, [*certificates[1:], None], strict=True):
+            if any(_is_issued(certificate, authority) for authority in authorities):
+                return True
+            if between is None or not _is_authority(between) or not _is_issued(certificate, between):
+                return False
+        return False
+
+    def _parse(self, contents: tuple[bytes, ...]) -> list[x509.Certificate]:
+        try:
+            return x509.load_pem_x509_certificates(contents[0])
+        except ValueError:
+            raise CredentialsError(f"{self._file}: has no CA certificate in PEM form") from None
+
+
 class TokenFile:
     """The tokens of a file, by what they grant.
 
@@ -190,6 +277,10 @@ class TokenFile:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._grants = _Watched((file,), self._parse)
+
+    def revision(self) -> int:
+        """Return how often the file changed."""
+        return self._grants.revision()
 
     def grant(self, authorization: str | bytes) -> Grant | None:
         """Return what the `authorization` header of a request grants, None if nothing."""
@@ -227,14 +318,20 @@ class TokenFile:
 class FileAuthenticator:
     """Authenticates peers by certificate, by token, or by both (an xds.server.Authenticator)."""
 
-    def __init__(self, tokens: TokenFile | None, *, certificates: bool) -> None:
+    def __init__(self, tokens: TokenFile | None, client_ca: ClientCA | None) -> None:
         self._tokens = tokens
-        self._certificates = certificates
+        self._client_ca = client_ca
+
+    def revision(self) -> tuple[int, ...]:
+        """Return how often the files changed."""
+        return tuple(of.revision() for of in (self._tokens, self._client_ca) if of)
 
     async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], _: Node) -> Identity:
         """Return who the peer proves to be. Raises Unauthenticated."""
         proofs: list[tuple[Grant, ...]] = []
-        if self._certificates:
+        if self._client_ca:
+            if peer.chain and not self._client_ca.issued(peer.chain):
+                raise Unauthenticated("the client certificate is of a CA that is not trusted any more")
             grants = certificate_grants(peer)
             if not grants:
                 raise Unauthenticated(
@@ -296,15 +393,30 @@ def _grant(words: list[str]) -> tuple[bytes, Grant]:
     return _digest(token), Grant(namespace, workload, bound)
 
 
-def check_files(files: XdsCredentials) -> None:
+def check_files(files: XdsCredentials, certificate: WorkloadCertificate | None = None) -> None:
     """Find out what Envoy would only log, for a proxy on this machine. Raises CredentialsError."""
-    for pem in (files.ca_file, files.client_cert_file, files.client_key_file):
+    for pem in (files.ca_file, files.client_cert_file, files.client_key_file, *(certificate or ())):
         if pem:
-            _read(pem)
+            _read(Path(pem))
     if files.token_file:
         token = _read(files.token_file).decode("ascii", errors="replace").strip()
         if len(token) < _SHORTEST_TOKEN or not _TOKEN.fullmatch(token):
             raise CredentialsError(f"{files.token_file}: does not hold one token and nothing else")
+
+
+def _is_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False
 
 
 def _digest(token: str) -> bytes:

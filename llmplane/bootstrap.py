@@ -5,18 +5,48 @@ unquoted, which Envoy's loader reads as a boolean).
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from translator.proxy import ProxyType
+from translator.metrics import SCOPE
+from translator.proxy import ProxyType, WorkloadCertificate
 
 STATS_PORT = 15090
 """Prometheus port, as Istio's."""
 HEALTH_PORT = 15021
 """Health port, as Istio's."""
+
+_RENAME = files("llmplane").joinpath("prometheus_door.lua").read_text(encoding="utf-8")
+
+_MAX_REGEX_PROGRAM = 32768
+"""Istio's; Envoy's own limit of 100 refuses names of service accounts in an AuthorizationPolicy."""
+
+_LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TIME_TO_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2.5, 5, 7.5, 10, 20, 30, 60)
+_TIME_PER_OUTPUT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_BYTES = tuple(float(4**power) for power in range(3, 13))
+_TOKENS = tuple(float(4**power) for power in range(14))
+_BUCKETS: Mapping[str, Sequence[float]] = {
+    "llmplane_request_duration_seconds": _LATENCY,
+    "llmplane_time_to_first_token_seconds": _TIME_TO_FIRST_TOKEN,
+    "llmplane_time_per_output_token_seconds": _TIME_PER_OUTPUT_TOKEN,
+    "llmplane_request_bytes": _BYTES,
+    "llmplane_response_bytes": _BYTES,
+    # Those of OpenTelemetry's semantic conventions.
+    "gen_ai_client_token_usage": _TOKENS,
+    "gen_ai_client_operation_duration_seconds": tuple(round(0.01 * 2**power, 2) for power in range(14)),
+    "gen_ai_server_time_to_first_token_seconds": (
+        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    ),
+    "gen_ai_server_time_per_output_token_seconds": (
+        *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
+    ),
+}
+"""Upper bounds of histograms, seconds, bytes or tokens. Istio's histograms have Envoy's own, as in Istio."""
 
 _CA = "xds-ca"
 _CERTIFICATE = "xds-client"
@@ -45,6 +75,7 @@ class ProxySettings:
     """One Envoy: its identity, its control plane's address, where its own listeners are opened.
 
     ``admin_port`` 0 means that the admin interface is the Unix socket ``admin_socket`` only (mode 0600).
+    ``status_address`` is where health and metrics are asked for, ``bind_address`` unless it is given.
     """
 
     type: ProxyType
@@ -55,10 +86,14 @@ class ProxySettings:
     admin_socket: Path
     labels: Mapping[str, str] = field(default_factory=dict)
     bind_address: str = "127.0.0.1"
+    status_address: str | None = None
     admin_port: int = 0
     scripts: Mapping[str, Path] = field(default_factory=dict)
     """Lua scripts that lie on this Envoy's machine: sha256 of the text -> file."""
     credentials: XdsCredentials = XdsCredentials()
+    certificate: WorkloadCertificate | None = None
+    """Files of the workload's certificate, for mutual TLS in the mesh; only their paths go to the control
+    plane."""
     sds_directory: Path | None = None
     """Where `secrets` lie as files of their own, which Envoy reads again when they or what they name change.
     None: they are in the bootstrap, and Envoy reads what they name at its start only."""
@@ -84,9 +119,22 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
                 "LABELS": dict(proxy.labels),
                 "BIND_ADDRESS": proxy.bind_address,
                 "LUA_SCRIPTS": {digest: str(path) for digest, path in proxy.scripts.items()},
+                **_certificate(proxy),
             },
         },
         "admin": {"address": _admin_address(proxy)},
+        "layered_runtime": {
+            "layers": [
+                {"name": "static", "static_layer": {"re2.max_program_size.error_level": _MAX_REGEX_PROGRAM}},
+                {"name": "admin", "admin_layer": {}},
+            ]
+        },
+        "stats_config": {
+            "histogram_bucket_settings": [
+                {"match": {"prefix": f"{SCOPE}.{name}"}, "buckets": buckets}
+                for name, buckets in _BUCKETS.items()
+            ]
+        },
         "dynamic_resources": {
             "ads_config": {
                 "api_type": "DELTA_GRPC",
@@ -102,10 +150,23 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
             "clusters": [_xds_cluster(proxy), _admin_cluster(proxy)],
             **({"secrets": own_secrets} if own_secrets else {}),
             "listeners": [
-                _door(proxy, "stats", STATS_PORT, "/stats/prometheus", "/stats/prometheus"),
-                _door(proxy, "health", HEALTH_PORT, "/healthz/ready", "/ready"),
+                _door(
+                    proxy, "stats", STATS_PORT, ("/stats/prometheus", "/stats/prometheus"), [_lua(_RENAME)]
+                ),
+                _door(proxy, "health", HEALTH_PORT, ("/healthz/ready", "/ready")),
             ],
         },
+    }
+
+
+def _certificate(proxy: ProxySettings) -> dict[str, str]:
+    """Return the files of the workload's certificate under Istio's names."""
+    if proxy.certificate is None:
+        return {}
+    return {
+        "TLS_CLIENT_CERT_CHAIN": proxy.certificate.chain,
+        "TLS_CLIENT_KEY": proxy.certificate.key,
+        "TLS_CLIENT_ROOT_CERT": proxy.certificate.root,
     }
 
 
@@ -254,12 +315,32 @@ def _admin_cluster(proxy: ProxySettings) -> dict[str, Any]:
     return _cluster("admin", _admin_address(proxy), type="STATIC")
 
 
-def _door(proxy: ProxySettings, name: str, port: int, path: str, admin_path: str) -> dict[str, Any]:
-    """Make a listener that lets exactly one GET through to the admin interface, and nothing else."""
+def _lua(script: str) -> dict[str, Any]:
+    return {
+        "name": "envoy.filters.http.lua",
+        "typed_config": {
+            "@type": f"{_TYPES}/envoy.extensions.filters.http.lua.v3.Lua",
+            "default_source_code": {"inline_string": script},
+        },
+    }
+
+
+def _door(
+    proxy: ProxySettings,
+    name: str,
+    port: int,
+    paths: tuple[str, str],
+    filters: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Make a listener that lets exactly one GET through to the admin interface, and nothing else.
+
+    ``paths`` are that of the request, and that of the admin interface.
+    """
+    path, admin_path = paths
     connection_manager = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
     return {
         "name": name,
-        "address": _socket(proxy.bind_address, port),
+        "address": _socket(proxy.status_address or proxy.bind_address, port),
         "filter_chains": [
             {
                 "filters": [
@@ -294,12 +375,13 @@ def _door(proxy: ProxySettings, name: str, port: int, path: str, admin_path: str
                                 ],
                             },
                             "http_filters": [
+                                *filters,
                                 {
                                     "name": "envoy.filters.http.router",
                                     "typed_config": {
                                         "@type": f"{_TYPES}/envoy.extensions.filters.http.router.v3.Router"
                                     },
-                                }
+                                },
                             ],
                         },
                     }

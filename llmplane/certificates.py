@@ -27,6 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _CA_LIFETIME = timedelta(days=30)
 _LEAF_LIFETIME = timedelta(days=7)
 _CLOCK_SKEW = timedelta(hours=1)
+_SPIFFE = "spiffe://"
 _CA_FILE = "ca.pem"
 _CA_KEY_FILE = "ca-key.pem"
 
@@ -93,7 +94,9 @@ class CertificateAuthority:
         return directory / _CA_FILE
 
     def issue(self, *names: str) -> tuple[bytes, bytes]:
-        """Issue a server certificate for DNS names or IP addresses, valid for 7 days.
+        """Issue a certificate for DNS names, IP addresses or a workload's SPIFFE identity, valid for 7 days.
+
+        One with an identity (``spiffe://DOMAIN/ns/NAMESPACE/sa/NAME``) is for clients, too.
 
         Returns (certificate, key) in PEM. Raises ValueError without a name, and for a DNS name that is not
         ASCII.
@@ -102,6 +105,9 @@ class CertificateAuthority:
             raise ValueError("a server certificate needs at least one name")
         key = ec.generate_private_key(ec.SECP256R1())
         ca_key_id = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH]
+        if any(name.startswith(_SPIFFE) for name in names):
+            usages.append(ExtendedKeyUsageOID.CLIENT_AUTH)
         not_after = min(datetime.now(UTC) + _LEAF_LIFETIME, self.certificate.not_valid_after_utc)
         certificate = (
             # The names are in the SAN only: no verifier reads the common name, which ends at 64 characters.
@@ -110,7 +116,7 @@ class CertificateAuthority:
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_key_id), critical=False
             )
@@ -155,6 +161,8 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _general_name(name: str) -> x509.GeneralName:
+    if name.startswith(_SPIFFE):
+        return x509.UniformResourceIdentifier(name)
     try:
         return x509.IPAddress(ip_address(name))
     except ValueError:

@@ -6,7 +6,7 @@ One resource that violates them makes Envoy drop the whole response (xds-facts.m
 from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
-from translator.translate import ResourceName
+from translator.parts import ResourceName
 from xds import protos, validation
 from xds.resources import Resource
 
@@ -26,7 +26,8 @@ class ResourceChecker:
     ) -> tuple[dict[ResourceName, Resource], dict[ResourceName, str]]:
         """Return what to serve, and what is wrong with the others by their type URL and name.
 
-        A violating resource is served in its version of ``before``, or not at all where there is none.
+        A violating resource is served in its version of ``before``, or not at all where there is none; one
+        that restricts, not in one that is open.
         """
         served: dict[ResourceName, Resource] = {}
         wrong: dict[ResourceName, str] = {}
@@ -37,8 +38,9 @@ class ResourceChecker:
                 served[name] = resource
                 continue
             wrong[name] = verdict
-            if name in before:
-                served[name] = before[name]
+            stand_in = resource.stand_in(before.get(name))
+            if stand_in is not None:
+                served[name] = stand_in
         return served, wrong
 
     def _verdict(self, resource: Resource) -> str:

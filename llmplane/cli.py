@@ -1,11 +1,13 @@
 """The command line: what each command takes, and where it is done."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,17 +21,28 @@ from crds.values import KubernetesName, Namespace
 from llmplane import __version__, fakellm, offline
 from llmplane.acknowledged import AcknowledgedFile
 from llmplane.address import Address
-from llmplane.auth import CredentialsError, FileAuthenticator, ServerCertificate, TokenFile, check_files
-from llmplane.bootstrap import ProxySettings, XdsCredentials, bootstrap
+from llmplane.admin import Access
+from llmplane.auth import (
+    ClientCA,
+    CredentialsError,
+    FileAuthenticator,
+    ServerCertificate,
+    TokenFile,
+    check_files,
+)
+from llmplane.bootstrap import STATS_PORT, ProxySettings, XdsCredentials, bootstrap
 from llmplane.controlplane import AddressInUseError, ControlPlane
 from llmplane.demo import run_demo
 from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
-from llmplane.mesh import mesh_settings
+from llmplane.mesh import MeshConfigFile, mesh_settings
 from llmplane.options import AddressType, ConnectToType, IPAddressType, NameType, PairType
+from llmplane.prices import PricesError, prometheus_rules, read_prices
 from llmplane.sources.files import FileSource
 from llmplane.sources.lastgood import LastGood, NoStateDirectoryError, state_file
 from llmplane.status import StatusUnavailableError, fetch_status, format_status
-from translator.proxy import Proxy, ProxyType
+from llmplane.top import watch
+from translator.proxy import Proxy, ProxyType, WorkloadCertificate
+from translator.world import MeshSettings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Pairs = tuple[tuple[str, str], ...]
@@ -38,6 +51,11 @@ _ConnectTo = tuple[tuple[Address, Address], ...]
 _EXISTING = click.Path(exists=True, path_type=Path)
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_LOG_FLUSH = "--file-flush-interval-msec"
+_SOME_CERTIFICATE = WorkloadCertificate(
+    *(f"/etc/certs/{name}.pem" for name in ("cert-chain", "key", "root-cert"))
+)
+"""Where Istio has it; `translate` knows of no real one."""
 _PROXY_TYPES = {"sidecar": ProxyType.SIDECAR, "gateway": ProxyType.ROUTER}
 
 
@@ -75,7 +93,8 @@ _MESH_CONFIG = click.option(
     "--mesh-config",
     type=_EXISTING_FILE,
     metavar="FILE",
-    help="Istio's mesh configuration (MeshConfig in YAML): rootNamespace, proxyHttpPort, connectTimeout.",
+    help="Istio's mesh configuration (MeshConfig in YAML): access logs, extensionProviders, rootNamespace, "
+    "trustDomain ... Read again by `llmplane serve` when it changes.",
 )
 _MESH = _options(
     _MESH_CONFIG,
@@ -109,27 +128,19 @@ _WORKLOAD = _options(
         help="A label of the workload, for workloadSelector and sourceLabels. May be given several times.",
     ),
 )
-_PROXY = _options(
-    click.argument("kind", metavar="(sidecar|gateway)", type=click.Choice(list(_PROXY_TYPES))),
-    click.option(
-        "--xds-address",
-        type=AddressType(),
-        default="127.0.0.1:18000",
-        show_default=True,
-        help="Where `llmplane serve` is.",
-    ),
+_CREDENTIALS = _options(
     click.option(
         "--xds-ca-file",
         type=_FILE,
         metavar="FILE",
         help="Speak TLS with `llmplane serve`; its certificate must be of this CA (PEM) and for the host of "
-        "--xds-address.",
+        "its address.",
     ),
     click.option(
         "--xds-client-cert-file",
         type=_FILE,
         metavar="FILE",
-        help="Mutual TLS: this Envoy's own certificate chain (PEM).",
+        help="Mutual TLS: one's own certificate chain (PEM).",
     ),
     click.option(
         "--xds-client-key-file", type=_FILE, metavar="FILE", help="Key of --xds-client-cert-file (PEM)."
@@ -139,6 +150,29 @@ _PROXY = _options(
         type=_FILE,
         metavar="FILE",
         help="Show `llmplane serve` the token that this file holds. Needs --xds-ca-file, or loopback.",
+    ),
+)
+_PROXY = _options(
+    click.argument("kind", metavar="(sidecar|gateway)", type=click.Choice(list(_PROXY_TYPES))),
+    click.option(
+        "--xds-address",
+        type=AddressType(),
+        default="127.0.0.1:18000",
+        show_default=True,
+        help="Where `llmplane serve` is.",
+    ),
+    _CREDENTIALS,
+    click.option(
+        "--workload-cert",
+        type=_FILE,
+        metavar="FILE",
+        help="The workload's certificate chain (PEM), for mutual TLS between sidecars and gateways; it names "
+        "the workload as spiffe://DOMAIN/ns/NAMESPACE/sa/NAME. Envoy alone reads this file and those below, "
+        "and again when they change.",
+    ),
+    click.option("--workload-key", type=_FILE, metavar="FILE", help="Key of --workload-cert (PEM)."),
+    click.option(
+        "--workload-ca", type=_FILE, metavar="FILE", help="The CAs of the mesh's workload certificates (PEM)."
     ),
     click.option(
         "--workload",
@@ -155,6 +189,12 @@ _PROXY = _options(
         help="Where this Envoy listens; with 127.0.0.2, 127.0.0.3 ... several run on one machine.",
     ),
     click.option(
+        "--status-address",
+        type=IPAddressType(),
+        help="Where its metrics (port 15090) and its health (15021) are asked for, if not at --bind-address; "
+        "0.0.0.0 for a Prometheus elsewhere.",
+    ),
+    click.option(
         "--admin-port",
         type=click.IntRange(1, 65535),
         help="Open Envoy's admin interface on this port of 127.0.0.1. Without it, it is a Unix socket that "
@@ -163,17 +203,23 @@ _PROXY = _options(
 )
 
 
-@main.command("serve", short_help="Serve objects from files to Envoys, live.")
+@main.command("serve", short_help="Serve objects from files or from Kubernetes to Envoys, live.")
 @click.option(
     "--config",
     "paths",
     multiple=True,
-    required=True,
     type=_EXISTING,
     metavar="PATH",
     help="Folder with objects in YAML or JSON files (or one such file); read again when it changes. May be "
     "given several times.",
 )
+@click.option(
+    "--kubernetes",
+    is_flag=True,
+    help="Serve the objects of a cluster instead: of the one that this pod runs in, or that kubectl uses. "
+    "The mesh configuration is then the ConfigMap istio of istio-system.",
+)
+@click.option("--context", metavar="NAME", help="The context of kubectl's configuration, for --kubernetes.")
 @click.option(
     "--xds-address",
     type=AddressType(),
@@ -186,7 +232,8 @@ _PROXY = _options(
     type=AddressType(),
     default="127.0.0.1:18080",
     show_default=True,
-    help="Where `llmplane status` asks, and /healthz and /readyz answer.",
+    help="Where `llmplane status` asks, and /healthz, /readyz and /metrics answer. If other machines reach "
+    "it, that is over TLS, and `llmplane status` needs credentials.",
 )
 @click.option(
     "--xds-cert-file",
@@ -228,6 +275,8 @@ _PROXY = _options(
 def serve_command(
     *,
     paths: tuple[Path, ...],
+    kubernetes: bool,
+    context: str | None,
     xds_address: Address,
     admin_address: Address,
     xds_cert_file: Path | None,
@@ -241,12 +290,88 @@ def serve_command(
     ca_file: Path | None,
     settings: _Pairs,
 ) -> None:
-    """Serve the objects below --config to Envoys, and keep them up to date.
+    """Serve the objects below --config, or those of a cluster, to Envoys, and keep them up to date.
 
     A file that cannot be read, or an object with a mistake, changes nothing: its last good version stays in
     use, also over a restart (without keys, it is kept below $XDG_STATE_HOME or ~/.local/state), and the log
     and `llmplane status` say so.
     """
+    _check_source(paths, kubernetes=kubernetes, context=context, for_files=mesh_config or settings)
+    _check_access(
+        xds_address,
+        xds_cert_file=xds_cert_file,
+        xds_key_file=xds_key_file,
+        xds_client_ca_file=xds_client_ca_file,
+        xds_token_file=xds_token_file,
+        insecure=insecure,
+    )
+    guarded = not (admin_address.is_loopback or insecure)
+    if guarded and not (xds_cert_file and (xds_client_ca_file or xds_token_file)):
+        raise click.UsageError(
+            f"--admin-address {admin_address}: other machines reach it, and it tells objects and proxies; "
+            "give --xds-cert-file with --xds-client-ca-file or --xds-token-file, or --insecure if only "
+            "trusted ones can"
+        )
+    _log_to_stderr()
+    mesh = mesh_settings(None, connect_to, ca_file)
+    mesh_file = MeshConfigFile(mesh_config, mesh) if mesh_config else None
+    mesh = mesh_file.settings if mesh_file else mesh
+    try:
+        certificate = None
+        if xds_cert_file and xds_key_file:
+            certificate = ServerCertificate(xds_cert_file, xds_key_file, xds_client_ca_file)
+        authenticator = None
+        if xds_client_ca_file or xds_token_file:
+            tokens = TokenFile(xds_token_file) if xds_token_file else None
+            client_ca = ClientCA(xds_client_ca_file) if xds_client_ca_file else None
+            authenticator = FileAuthenticator(tokens, client_ca)
+        credentials = certificate.credentials() if certificate else None
+        access = None
+        if guarded and certificate and authenticator:
+            access = Access(certificate, authenticator, mesh.config.root_namespace)
+        make = partial(ControlPlane, validate_resources=validate_resources, authenticator=authenticator)
+        where = (xds_address, admin_address, credentials, access)
+        if kubernetes:
+            asyncio.run(_serve_cluster(context, mesh, make, *where))
+            return
+        source = FileSource(
+            paths, variables(os.environ, dict(settings)), LastGood(state_file("last-good", paths))
+        )
+        acknowledged = AcknowledgedFile(state_file("acknowledged", paths))
+        control_plane = make(source, mesh, acknowledged=acknowledged, mesh_file=mesh_file)
+        asyncio.run(_serve(control_plane, *where))
+    except (
+        AddressInUseError,
+        CredentialsError,
+        NoStateDirectoryError,
+        OSError,
+    ) as error:  # OSError: no more files can be watched
+        raise click.ClickException(str(error)) from None
+
+
+def _check_source(
+    paths: tuple[Path, ...], *, kubernetes: bool, context: str | None, for_files: object
+) -> None:
+    if kubernetes == bool(paths):
+        raise click.UsageError("give --config PATH, for objects in files, or --kubernetes")
+    if context and not kubernetes:
+        raise click.UsageError("--context needs --kubernetes")
+    if kubernetes and for_files:
+        raise click.UsageError(
+            "--mesh-config and --set are for files: with --kubernetes, the mesh configuration is a "
+            "ConfigMap, and keys are in Secrets"
+        )
+
+
+def _check_access(
+    xds_address: Address,
+    *,
+    xds_cert_file: Path | None,
+    xds_key_file: Path | None,
+    xds_client_ca_file: Path | None,
+    xds_token_file: Path | None,
+    insecure: bool,
+) -> None:
     if (xds_cert_file is None) != (xds_key_file is None):
         raise click.UsageError("--xds-cert-file and --xds-key-file belong together")
     if xds_client_ca_file and not xds_cert_file:
@@ -259,39 +384,6 @@ def serve_command(
             "authentication; give --xds-client-ca-file or --xds-token-file, or --insecure if only trusted "
             "ones can"
         )
-    if not (admin_address.is_loopback or insecure):
-        raise click.UsageError(
-            f"--admin-address {admin_address}: other machines reach it, and it tells objects and proxies; "
-            "give --insecure if only trusted ones can"
-        )
-    _log_to_stderr()
-    mesh = mesh_settings(mesh_config, connect_to, ca_file)
-    try:
-        source = FileSource(
-            paths, variables(os.environ, dict(settings)), LastGood(state_file("last-good", paths))
-        )
-        credentials = None
-        if xds_cert_file and xds_key_file:
-            credentials = ServerCertificate(xds_cert_file, xds_key_file, xds_client_ca_file).credentials()
-        authenticator = None
-        if xds_client_ca_file or xds_token_file:
-            tokens = TokenFile(xds_token_file) if xds_token_file else None
-            authenticator = FileAuthenticator(tokens, certificates=xds_client_ca_file is not None)
-        control_plane = ControlPlane(
-            source,
-            mesh,
-            validate_resources=validate_resources,
-            authenticator=authenticator,
-            acknowledged=AcknowledgedFile(state_file("acknowledged", paths)),
-        )
-        asyncio.run(_serve(control_plane, xds_address, admin_address, credentials))
-    except (
-        AddressInUseError,
-        CredentialsError,
-        NoStateDirectoryError,
-        OSError,
-    ) as error:  # OSError: no more files can be watched
-        raise click.ClickException(str(error)) from None
 
 
 def _log_to_stderr() -> None:
@@ -307,16 +399,33 @@ def _log_to_stderr() -> None:
     )
 
 
+async def _serve_cluster(
+    context: str | None,
+    mesh: MeshSettings,
+    make: Callable[..., ControlPlane],
+    *where: Any,
+) -> None:
+    # Kubernetes' client takes half a second to import.
+    from llmplane.cluster import NoClusterError, connected  # noqa: PLC0415
+
+    try:
+        async with connected(context, mesh, make) as control_plane:
+            await _serve(control_plane, *where)
+    except NoClusterError as error:
+        raise click.ClickException(str(error)) from None
+
+
 async def _serve(
     control_plane: ControlPlane,
     xds_address: Address,
     admin_address: Address,
     credentials: grpc.ServerCredentials | None,
+    access: Access | None,
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await control_plane.run(xds_address, admin_address, stop, credentials)
+    await control_plane.run(xds_address, admin_address, stop, credentials, access)
 
 
 @main.command("proxy", short_help="Run an Envoy that `llmplane serve` configures.")
@@ -334,11 +443,13 @@ def proxy_command(kind: str, envoy_args: tuple[str, ...], **settings: Any) -> No
         envoy = find_envoy()
         directory = runtime_directory(name)
         proxy = _proxy_settings(kind, directory / "admin.sock", settings)
-        check_files(proxy.credentials)
+        check_files(proxy.credentials, proxy.certificate)
         file = lay_down(proxy, directory)
     except (EnvoyNotFoundError, CredentialsError, OSError) as error:
         raise click.ClickException(str(error)) from None
     arguments = [str(envoy), "-c", str(file), "--use-dynamic-base-id", *envoy_args]
+    if not any(argument.startswith(_LOG_FLUSH) for argument in envoy_args):
+        arguments += [_LOG_FLUSH, "1000"]  # as Istio; Envoy keeps lines of access logs for ten seconds
     sys.stderr.flush()
     os.execv(envoy, arguments)  # noqa: S606 - becomes Envoy: signals and the exit code are its own
 
@@ -382,7 +493,8 @@ def translate_command(
 
     Keys are not shown. Problems go to standard error; exits with 1 if one of them is an error.
     """
-    proxy = Proxy(_PROXY_TYPES[kind], namespace, "", frozenset(dict(labels).items()))
+    found = frozenset(dict(labels).items())
+    proxy = Proxy(_PROXY_TYPES[kind], namespace, "", found, certificate=_SOME_CERTIFICATE)
     mesh = mesh_settings(mesh_config, connect_to, ca_file)
     text, problems = offline.translate(files, proxy, mesh, variables(os.environ, dict(settings)))
     for problem in problems:
@@ -401,8 +513,11 @@ def validate_command(*, files: tuple[Path, ...], mesh_config: Path | None, setti
 
     Exits with 1 if there is an error; warnings alone are exit 0.
     """
-    mesh = mesh_settings(mesh_config, (), None)
-    count, problems = offline.validate(files, variables(os.environ, dict(settings)), mesh)
+    mesh = mesh_settings(None, (), None)
+    mesh_file = MeshConfigFile(mesh_config, mesh) if mesh_config else None
+    mesh = mesh_file.settings if mesh_file else mesh
+    count, found = offline.validate(files, variables(os.environ, dict(settings)), mesh)
+    problems = [*(mesh_file.problems if mesh_file else ()), *found]
     for problem in problems:
         click.echo(str(problem))
     errors = sum(problem.severity is Severity.ERROR for problem in problems)
@@ -423,25 +538,69 @@ def validate_command(*, files: tuple[Path, ...], mesh_config: Path | None, setti
     show_default=True,
     help="The --admin-address of `llmplane serve`.",
 )
+@_CREDENTIALS
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def status_command(admin_address: Address, *, as_json: bool) -> None:
+def status_command(admin_address: Address, *, as_json: bool, **files: Path | None) -> None:
     """Show the objects of a running `llmplane serve`, its proxies, and all problems.
 
     STATE says whether an object does its work; PROXIES how many of those that it is for have acknowledged it.
     CDS, LDS, RDS and SDS are Envoy's discovery services: SYNCED (the proxy has the newest), STALE (its answer
     is awaited) or NACK (it refused something, and keeps what it had).
+
+    On an address that other machines reach, `llmplane serve` tells this only over TLS, and to those with
+    credentials for every namespace or for the root namespace.
     """
+    credentials = _credentials(admin_address, files)
     try:
-        status = fetch_status(admin_address)
-    except StatusUnavailableError as error:
+        check_files(credentials)
+        status = fetch_status(admin_address, credentials)
+    except (StatusUnavailableError, CredentialsError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(json.dumps(status, indent=2) if as_json else format_status(status))
+
+
+@main.command("top", short_help="Show the LLM traffic of Envoys, live.")
+@click.argument("addresses", metavar="[HOST:PORT]...", nargs=-1, type=AddressType())
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.5),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two readings.",
+)
+@click.option("--once", is_flag=True, help="Print one interval as a table, and end.")
+@click.option("--prices", "price_file", type=_FILE, help="A price table (YAML): shows what the tokens cost.")
+def top_command(
+    addresses: tuple[Address, ...], *, interval: float, once: bool, price_file: Path | None
+) -> None:
+    """Show what workloads send to which provider and model: requests, errors, tokens, latency, cost.
+
+    HOST:PORT are the Prometheus ports of one or more Envoys (default: 127.0.0.1:15090, that of `llmplane
+    proxy`). Rates and latencies are those of the last interval, TOKENS and COST since the Envoys started.
+    """
+    try:
+        prices = read_prices(price_file) if price_file else None
+    except PricesError as error:
+        raise click.ClickException(str(error)) from None
+    with contextlib.suppress(KeyboardInterrupt):
+        envoys = addresses or (Address("127.0.0.1", STATS_PORT),)
+        sys.exit(asyncio.run(watch(envoys, interval, prices, once=once)))
+
+
+@main.command("prices", short_help="Make Prometheus rules of a price table.")
+@click.argument("file", type=_EXISTING_FILE)
+def prices_command(file: Path) -> None:
+    """Print the price table FILE (YAML) as a Prometheus rule file, for the dashboard's costs."""
+    try:
+        click.echo(prometheus_rules(read_prices(file)), nl=False)
+    except PricesError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @main.command("demo", short_help="Show it all on this machine, with a made-up LLM.")
 @click.option("--keep", is_flag=True, help="Leave everything running for your own curl, until Ctrl-C.")
 def demo_command(*, keep: bool) -> None:
-    """Run the documents' scenarios on this machine: control plane, sidecar Envoy and a made-up LLM."""
+    """Run the documents' scenarios on this machine: control plane, two Envoys and a made-up LLM."""
     sys.exit(run_demo(keep=keep))
 
 
@@ -450,14 +609,7 @@ main.add_command(fakellm.command, "fake-llm")
 
 def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> ProxySettings:
     xds: Address = settings["xds_address"]
-    given = {name: settings[f"xds_{name}"] for name in XdsCredentials.__slots__}
-    credentials = XdsCredentials(**{name: file and file.absolute() for name, file in given.items()})
-    if (credentials.client_cert_file is None) != (credentials.client_key_file is None):
-        raise click.UsageError("--xds-client-cert-file and --xds-client-key-file belong together")
-    if credentials.client_cert_file and not credentials.ca_file:
-        raise click.UsageError("--xds-client-cert-file needs --xds-ca-file: it is for mutual TLS")
-    if credentials.token_file and not credentials.ca_file and not xds.is_loopback:
-        raise click.UsageError("--xds-token-file needs --xds-ca-file: tokens travel in clear without TLS")
+    credentials = _credentials(xds, settings)
     return ProxySettings(
         type=_PROXY_TYPES[kind],
         xds_host=xds.host,
@@ -466,10 +618,33 @@ def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> Pro
         workload=settings["workload"],
         labels=dict(settings["labels"]),
         bind_address=settings["bind_address"],
+        status_address=settings["status_address"],
         admin_socket=socket,
         admin_port=settings["admin_port"] or 0,
         credentials=credentials,
+        certificate=_workload_certificate(settings),
     )
+
+
+def _workload_certificate(settings: Mapping[str, Any]) -> WorkloadCertificate | None:
+    files = [settings[f"workload_{name}"] for name in ("cert", "key", "ca")]
+    if not any(files):
+        return None
+    if not all(files):
+        raise click.UsageError("--workload-cert, --workload-key and --workload-ca belong together")
+    return WorkloadCertificate(*(str(file.absolute()) for file in files))
+
+
+def _credentials(server: Address, settings: Mapping[str, Any]) -> XdsCredentials:
+    given = {name: settings[f"xds_{name}"] for name in XdsCredentials.__slots__}
+    credentials = XdsCredentials(**{name: file and file.absolute() for name, file in given.items()})
+    if (credentials.client_cert_file is None) != (credentials.client_key_file is None):
+        raise click.UsageError("--xds-client-cert-file and --xds-client-key-file belong together")
+    if credentials.client_cert_file and not credentials.ca_file:
+        raise click.UsageError("--xds-client-cert-file needs --xds-ca-file: it is for mutual TLS")
+    if credentials.token_file and not credentials.ca_file and not server.is_loopback:
+        raise click.UsageError("--xds-token-file needs --xds-ca-file: tokens travel in clear without TLS")
+    return credentials
 
 
 def _count(number: int, noun: str) -> str:

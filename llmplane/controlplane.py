@@ -6,30 +6,35 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 import structlog
 
+from crds.gateway import Gateway
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
 from crds.loader import LoadedObject
 from crds.meta import BaseObject
-from crds.problems import ObjectKey, Severity
+from crds.problems import ObjectKey, Problem, Severity
 from llmplane.acknowledged import AcknowledgedFile
 from llmplane.address import Address
-from llmplane.admin import AdminServer
+from llmplane.admin import Access, AdminServer
 from llmplane.auth import Identity
 from llmplane.checking import ResourceChecker
 from llmplane.metrics import Figures, Metrics
 from llmplane.problems import problems
 from llmplane.sources.state import SourceState, world_of
+from translator import policies
 from translator.conditions import Condition, conditions
+from translator.features import OLDEST, version_text
+from translator.memory import Memory
+from translator.parts import ResourceName
 from translator.proxy import Proxy
-from translator.translate import ResourceName, Translation, Translator
+from translator.translate import NOTHING, Translation, Translator
 from translator.world import MeshSettings
 from xds.resources import Resource
 from xds.server import Authenticator, ManagementServer, Node, NodeRejected
@@ -44,11 +49,43 @@ _UNKNOWN = (
 )
 
 
+class _Objection(NamedTuple):
+    """Why an object does not do all of its work at some proxies."""
+
+    reason: str
+    text: str
+
+
+_UNCERTIFIED = "a proxy has no workload certificate for mutual TLS (llmplane proxy --workload-cert)"
+
+_SEVERITIES = {
+    "Refused": Severity.ERROR,
+    "EnvoyTooOld": Severity.WARNING,
+    "NoWorkloadCertificate": Severity.ERROR,
+}
+"""By the reason of an objection."""
+
+
 class Source(Protocol):
     """Where objects come from."""
 
     def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
         """Yield the whole state, and again after each change, until ``stop`` is set."""
+
+
+class MeshSource(Protocol):
+    """Where the mesh configuration comes from, if it can change."""
+
+    @property
+    def settings(self) -> MeshSettings:
+        """What holds now."""
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """What is wrong with the newest version of it."""
+
+    def states(self, stop: asyncio.Event) -> AsyncIterator[MeshSettings]:
+        """Yield the settings after each change of them, or of what is wrong, until ``stop`` is set."""
 
 
 class AddressInUseError(RuntimeError):
@@ -66,6 +103,7 @@ class ControlPlane:
         validate_resources: bool = True,
         authenticator: Authenticator | None = None,
         acknowledged: AcknowledgedFile | None = None,
+        mesh_file: MeshSource | None = None,
     ) -> None:
         self._metrics = Metrics(self._figures)
         self.server = ManagementServer(
@@ -78,6 +116,8 @@ class ControlPlane:
         self._authenticated = authenticator is not None
         self._source = source
         self._mesh = mesh
+        self._mesh_file = mesh_file
+        """Where `mesh` comes from, if it can change."""
         self._state = SourceState()
         self._revision = 0
         """How often the source was read."""
@@ -87,10 +127,12 @@ class ControlPlane:
         self._conditions: Mapping[ObjectKey, tuple[Condition, ...]] = {}
         self._problems: dict[str, Severity] = {}
         """What is wrong now, in the order of the files."""
+        self._remembered = Memory()
+        """Conditions."""
         self._translator = Translator()
         self._translations: dict[Hashable, Translation] = {}
         self._checker = ResourceChecker(enabled=validate_resources)
-        self._served: dict[Hashable, dict[ResourceName, Resource]] = {}
+        self._snapshots: dict[Hashable, Snapshot] = {}
         self._violations: dict[Hashable, dict[ResourceName, str]] = {}
 
     async def run(
@@ -99,15 +141,16 @@ class ControlPlane:
         admin_address: Address,
         stop: asyncio.Event,
         credentials: grpc.ServerCredentials | None = None,
+        access: Access | None = None,
     ) -> None:
-        """Serve until ``stop`` is set, xDS with TLS if there are credentials.
+        """Serve until ``stop`` is set; xDS with TLS if there are credentials, /debug to those with access.
 
         Nothing is served before the source was read once.
 
         Raises AddressInUseError.
         """
         async with AsyncExitStack() as stack:
-            admin = AdminServer(self)
+            admin = AdminServer(self, access)
             stack.push_async_callback(admin.stop)
             try:
                 admin_address = await admin.start(admin_address)
@@ -119,6 +162,9 @@ class ControlPlane:
             except (OSError, RuntimeError) as error:
                 raise AddressInUseError(_cannot_listen("--xds-address", xds_address, error)) from None
             stack.push_async_callback(self.server.stop)
+            if self._mesh_file is not None:
+                watch = asyncio.create_task(self._watch_mesh(self._mesh_file, stop))
+                stack.callback(watch.cancel)
             serving = False
             async for state in self._source.states(stop):
                 try:
@@ -137,29 +183,47 @@ class ControlPlane:
                     _LOG.info("serving", xds=str(xds_address), admin=str(admin_address))
         _LOG.info("stopped")
 
+    async def _watch_mesh(self, file: MeshSource, stop: asyncio.Event) -> None:
+        """Take over changes of the mesh configuration."""
+        async for _ in file.states(stop):
+            try:
+                if self._revision:  # else the first state of the source brings it into use
+                    self._publish(self._state)
+            except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
+                _LOG.exception("a mesh configuration could not be taken over; proxies keep what they have")
+
     def _take(self, state: SourceState) -> None:
-        """Make a new world of a new state, and publish what it means for each connected proxy."""
-        began = time.monotonic()
+        """Take over a new state of the source."""
         self._revision += 1
-        if state == self._state and self._revision > 1:
-            return
+        if state != self._state or self._revision == 1:
+            self._publish(state)
+
+    def _publish(self, state: SourceState) -> None:
+        """Make a new world of a state and the mesh's settings, and publish what it means for each proxy."""
+        began = time.monotonic()
         self._last_change = time.time()
         before, self._state = self._state, state
+        if self._mesh_file is not None:
+            self._mesh = self._mesh_file.settings
         self._world = world_of(state, self._mesh)
         proxies = self.server.groups()
         for gone in self._translations.keys() - set(proxies):
-            for of in (self._translations, self._served, self._violations):
+            for of in (self._translations, self._snapshots, self._violations):
                 of.pop(gone, None)
             self.server.forget(gone)
         self.server.publish({proxy: self.snapshot(proxy) for proxy in proxies}, began=began)
         milliseconds = round((time.monotonic() - began) * 1000, 1)
         _LOG.info("published", objects=len(state.objects), groups=len(proxies), milliseconds=milliseconds)
-        self._conditions = conditions(self._world)
+        self._remembered.begin()
+        self._conditions = conditions(self._world, self._remembered)
         self._log_problems(before)
 
     def _log_problems(self, before: SourceState) -> None:
         """Log what is new among the problems, and what is gone."""
-        found = {str(problem): problem.severity for problem in problems(self._state, self._conditions)}
+        of_mesh = self._mesh_file.problems if self._mesh_file is not None else ()
+        found = {
+            str(problem): problem.severity for problem in (*of_mesh, *problems(self._state, self._conditions))
+        }
         for text, severity in found.items():
             if text not in self._problems:
                 (_LOG.error if severity is Severity.ERROR else _LOG.warning)("problem", problem=text)
@@ -173,7 +237,7 @@ class ControlPlane:
     def group(self, node: Node, identity: object) -> Hashable:
         """Return which proxies share a snapshot: those that configuration cannot tell apart."""
         try:
-            proxy = Proxy.from_node(node.id, node.metadata)
+            proxy = Proxy.from_node(node.id, node.metadata, node.version)
         except ValueError as error:
             raise NodeRejected(str(error)) from None
         if not self._authenticated:
@@ -187,12 +251,24 @@ class ControlPlane:
         if not isinstance(group, Proxy):
             raise TypeError(f"{group!r} is no Proxy")
         translation = self._translator.translate(self._world, group)
+        changed = translation.changed(self._translations.get(group, NOTHING))
+        snapshot, violations = self._snapshots.get(group, Snapshot()), self._violations.get(group, {})
+        before = {name: resource for name in changed if (resource := snapshot[name[0]].get(name[1]))}
+        new = [resource for resource in changed.values() if resource is not None]
+        served, wrong = self._checker.check(new, before)
+        for name, text in wrong.items():
+            if violations.get(name) != text:
+                _LOG.error("resource is not valid and is held back", type=name[0], name=name[1], problem=text)
+        snapshot = snapshot.replace(
+            served.values(),
+            [name for name, resource in changed.items() if resource is None],
+            incomplete=self._state.unknown,
+            routes_first=policies.only_takes_routes_away(before, served),
+        )
+        still_wrong = {name: text for name, text in violations.items() if name not in changed}
         self._translations[group] = translation
-        served, violations = self._checker.check(translation.resources, self._served.get(group, {}))
-        for name, text in violations.items() - self._violations.get(group, {}).items():
-            _LOG.error("resource is not valid and is held back", type=name[0], name=name[1], problem=text)
-        self._served[group], self._violations[group] = served, violations
-        return Snapshot(served.values(), incomplete=self._state.unknown)
+        self._snapshots[group], self._violations[group] = snapshot, still_wrong | wrong
+        return snapshot
 
     # What the admin endpoints show (llmplane.admin.Insight); no secret is in it
 
@@ -208,18 +284,18 @@ class ControlPlane:
             "time": _iso(time.time()),
             "revision": self._revision,
             "objects": self._objects(proxies, refusals),
-            "proxies": [_proxy(proxy) for proxy in proxies],
+            "proxies": [self._view(proxy) for proxy in proxies],
             "problems": [
                 *self._problems,
                 *([_UNKNOWN] if self._state.unknown else ()),
                 *(f"{key}: its last good version is in use" for key in sorted(self._state.kept)),
-                *(f"{key}: {text}" for key, texts in refusals.items() for text in texts),
+                *(f"{key}: {each.text}" for key, objections in refusals.items() for each in objections),
             ],
         }
 
     def syncz(self) -> dict[str, Any]:
         """Return what each proxy was sent, acknowledged and refused."""
-        return {"time": _iso(time.time()), "proxies": [_proxy(proxy) for proxy in self.server.proxies()]}
+        return {"time": _iso(time.time()), "proxies": [self._view(proxy) for proxy in self.server.proxies()]}
 
     def objects(self) -> list[dict[str, Any]]:
         """Return the objects with their conditions."""
@@ -241,7 +317,8 @@ class ControlPlane:
         refusals = self._refusals()
         severities: Counter[str] = Counter(dict.fromkeys(Severity, 0))
         severities.update(self._problems.values())
-        severities[Severity.ERROR] += sum(map(len, refusals.values()))
+        for objections in refusals.values():
+            severities.update(_SEVERITIES[each.reason] for each in objections)
         objects: Counter[tuple[str, str]] = Counter()
         for item in self._counted():
             states = _states(self._found(item, refusals))
@@ -256,18 +333,50 @@ class ControlPlane:
             last_change=self._last_change,
         )
 
-    def _refusals(self) -> dict[ObjectKey, list[str]]:
-        """Return what proxies refuse, or what is held back from them, by the object that it comes from."""
-        refusals: dict[ObjectKey, list[str]] = {}
+    def _refusals(self) -> dict[ObjectKey, list[_Objection]]:
+        """Return what proxies refuse or cannot do, or what is held back from them, by object."""
+        refusals: dict[ObjectKey, list[_Objection]] = {}
         for refusal in self.server.refusals():
             text = f"{refusal.node_id} refused {refusal.name}: {refusal.detail}"
             for key in self._origins(refusal.group, (refusal.type_url, refusal.name)):
-                refusals.setdefault(key, []).append(text)
+                refusals.setdefault(key, []).append(_Objection("Refused", text))
         for group, violations in self._violations.items():
             for name, violation in violations.items():
                 for key in self._origins(group, name):
-                    refusals.setdefault(key, []).append(f"{name[1]} is held back: {violation}")
+                    text = f"{name[1]} is held back: {violation}"
+                    refusals.setdefault(key, []).append(_Objection("Refused", text))
+        for group in self.server.groups():
+            for item, texts in self._missing(group).items():
+                if item is None:
+                    continue
+                known = refusals.setdefault(item, [])
+                known += (each for text in texts if (each := _Objection("EnvoyTooOld", text)) not in known)
+            translation = self._translations.get(group)
+            for key in translation.uncertified if translation else ():
+                refusals.setdefault(key, []).append(_Objection("NoWorkloadCertificate", _UNCERTIFIED))
         return refusals
+
+    def _view(self, proxy: ProxyStatus) -> dict[str, Any]:
+        """Return the state of a proxy, and what its Envoy is too old for."""
+        version = proxy.group.version if isinstance(proxy.group, Proxy) else None
+        missing = [
+            text if key is None else f"{text} ({key})"
+            for key, texts in self._missing(proxy.group).items()
+            for text in texts
+        ]
+        if version is not None and version < OLDEST:
+            missing.insert(0, f"anything: {version_text(OLDEST)} is the oldest Envoy that is tested")
+        return _proxy(proxy, missing)
+
+    def _missing(self, group: Hashable) -> dict[ObjectKey | None, list[str]]:
+        """Return what the Envoys of a group are too old for, by object (None: none in particular)."""
+        translation = self._translations.get(group)
+        if translation is None or not isinstance(group, Proxy) or group.version is None:
+            return {}
+        return {
+            key: [feature.lack_of(group.version) for feature in features]
+            for key, features in translation.missing.items()
+        }
 
     def _origins(self, group: Hashable, resource: ResourceName) -> list[ObjectKey]:
         translation = self._translations.get(group)
@@ -278,19 +387,21 @@ class ControlPlane:
         """Yield the objects that have conditions."""
         return (item for item in self._state.objects if item.key in self._conditions)
 
-    def _found(self, item: LoadedObject, refusals: Mapping[ObjectKey, list[str]]) -> list[dict[str, Any]]:
+    def _found(
+        self, item: LoadedObject, refusals: Mapping[ObjectKey, list[_Objection]]
+    ) -> list[dict[str, Any]]:
         """Return the conditions of an object."""
         found = [
             {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
             for each in self._conditions.get(item.key, ())
         ]
-        if item.key in refusals:
-            message = "; ".join(refusals[item.key])
-            found.append({"type": "Programmed", "status": False, "reason": "Refused", "message": message})
+        if objections := refusals.get(item.key):
+            reason, message = objections[0].reason, "; ".join(each.text for each in objections)
+            found.append({"type": "Programmed", "status": False, "reason": reason, "message": message})
         return found
 
     def _objects(
-        self, proxies: Iterable[ProxyStatus], refusals: Mapping[ObjectKey, list[str]]
+        self, proxies: Iterable[ProxyStatus], refusals: Mapping[ObjectKey, list[_Objection]]
     ) -> list[dict[str, Any]]:
         """Say of each object whether it counts, what it lacks, and how many proxies acknowledged it."""
         # Most proxies are in the same state, and there may be thousands.
@@ -318,8 +429,9 @@ class ControlPlane:
                     "kind": item.kind,
                     "namespace": item.namespace,
                     "name": item.name,
+                    "generation": item.object.metadata.generation,
                     "host": _host(item.object),
-                    "source": f"{item.file}:{item.line}",
+                    "source": f"{item.file}:{item.line}" if item.file else "",
                     "state": ", ".join([*kept, *_states(found)]) or "OK",
                     "programmed": f"{acknowledged}/{reached}",
                     "conditions": found,
@@ -329,6 +441,8 @@ class ControlPlane:
 
 
 def _host(item: BaseObject) -> str:
+    if isinstance(item, Gateway):
+        return ", ".join(dict.fromkeys(host for server in item.spec.servers for host in server.hosts))
     return item.spec.host if isinstance(item, LLMProvider | LLMRoute) else ""
 
 
@@ -364,13 +478,14 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _proxy(proxy: ProxyStatus) -> dict[str, Any]:
+def _proxy(proxy: ProxyStatus, missing: list[str]) -> dict[str, Any]:
     return {
         "node_id": proxy.node_id,
         "version": proxy.envoy_version,
         "peer": proxy.peer,
         "variant": "delta" if proxy.delta else "sotw",
         "state": proxy.state,
+        "missing": missing,
         "connected_since": _iso(proxy.connected_since),
         "types": {url.rpartition(".")[2]: _type(status) for url, status in proxy.types.items()},
     }

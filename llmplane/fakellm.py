@@ -3,7 +3,8 @@
 It behaves like a provider where a client or a proxy can tell: TLS with a certificate of each host's own
 name, 401 for a wrong key, 400 for a body without a model, streams as server-sent events. The wire format is
 that of OpenAI's API reference (https://platform.openai.com/docs/api-reference), the look of an answer
-DashScope's as the ASM documentation prints it. Beyond that it records what really arrived (`SeenRequest`),
+DashScope's as the ASM documentation prints it; Anthropic's Messages and Gemini's generateContent are played
+with theirs. Beyond that it records what really arrived (`SeenRequest`),
 and it fails on demand (`Fault`).
 
 What it sees of credentials is never kept: a key is known by its `fingerprint` only.
@@ -92,6 +93,12 @@ class Fault(BaseModel):
     """Close the connection in the middle of a stream, after so many events."""
     answer_size: int | None = Field(default=None, ge=0)
     """The length of the assistant's text in characters."""
+    cached_tokens: int | None = Field(default=None, ge=0, le=_PROMPT_TOKENS)
+    """How many of the prompt's tokens came from a cache. Without it: nothing is said of them."""
+    reasoning_tokens: int | None = Field(default=None, ge=0, le=_COMPLETION_TOKENS)
+    """How many of the answer's tokens are reasoning. Without it: nothing is said of them."""
+    rejects: frozenset[str] = frozenset()
+    """Answer 400 to requests whose body has one of these members, as some servers do to `stream_options`."""
     times: int | None = Field(default=None, ge=1)
     """Apply to the next so many requests only. Without it: until it is changed."""
 
@@ -301,12 +308,7 @@ class FakeLLM:
             _refuse(401, "You did not provide a correct API key.", code="invalid_api_key")
         if suffix == _MODELS:
             return _json(_models(provider))
-        operation = _OPERATIONS[suffix]
-        _check(operation.needs, request.content_type, question)
-        answer = _Answer.to(question, provider, fault, id_prefix=operation.id_prefix)
-        if answer.stream:
-            return await _send_events(request, operation.events(answer), fault)
-        return _json(operation.whole(answer))
+        return await _reply(request, suffix, seen, question, fault)
 
     def _record(self, request: web.BaseRequest, body: bytes, question: object) -> SeenRequest:
         tls = request.transport.get_extra_info("ssl_object") if request.transport else None
@@ -488,6 +490,8 @@ class _Answer(NamedTuple):
     chunks: list[str]
     stream: bool
     include_usage: bool
+    cached: int | None
+    reasoning: int | None
     question: dict[str, Any]
 
     @classmethod
@@ -508,6 +512,8 @@ class _Answer(NamedTuple):
             chunks=_cut(text, fault.chunks),
             stream=question.get("stream") is True,
             include_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
+            cached=fault.cached_tokens,
+            reasoning=fault.reasoning_tokens,
             question=question,
         )
 
@@ -528,12 +534,17 @@ def _cut(text: str, chunks: int | None) -> list[str]:
     return [text[len(text) * i // chunks : len(text) * (i + 1) // chunks] for i in range(chunks)]
 
 
-def _usage() -> dict[str, int]:
-    return {
+def _usage(answer: _Answer) -> dict[str, Any]:
+    usage: dict[str, Any] = {
         "prompt_tokens": _PROMPT_TOKENS,
         "completion_tokens": _COMPLETION_TOKENS,
         "total_tokens": _PROMPT_TOKENS + _COMPLETION_TOKENS,
     }
+    if answer.cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": answer.cached}
+    if answer.reasoning is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": answer.reasoning}
+    return usage
 
 
 def _chat(answer: _Answer) -> dict[str, Any]:
@@ -563,7 +574,7 @@ def _completion(answer: _Answer, kind: str, choice: dict[str, Any]) -> dict[str,
     return {
         "choices": [{**choice, "finish_reason": "stop", "index": 0, "logprobs": None}],
         "object": kind,
-        "usage": _usage(),
+        "usage": _usage(answer),
         "created": answer.created,
         "system_fingerprint": None,
         "model": answer.model,
@@ -584,7 +595,7 @@ def _completion_events(answer: _Answer, kind: str, choices: list[dict[str, Any]]
     for choice in choices:
         yield _event({**head, "choices": [{"index": 0, "logprobs": None, **choice}], **null_usage})
     if answer.include_usage:
-        yield _event({**head, "choices": [], "usage": _usage()})
+        yield _event({**head, "choices": [], "usage": _usage(answer)})
     yield b"data: [DONE]\n\n"
 
 
@@ -622,9 +633,9 @@ def _response(answer: _Answer) -> dict[str, Any]:
         "tools": [],
         "usage": {
             "input_tokens": _PROMPT_TOKENS,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": answer.cached or 0},
             "output_tokens": _COMPLETION_TOKENS,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": answer.reasoning or 0},
             "total_tokens": _PROMPT_TOKENS + _COMPLETION_TOKENS,
         },
     }
@@ -641,12 +652,90 @@ def _response_events(answer: _Answer) -> Iterator[bytes]:
         yield b"event: %b\n" % event["type"].encode() + _event({**event, "sequence_number": number})
 
 
+def _message(answer: _Answer) -> dict[str, Any]:
+    return {
+        "id": answer.id,
+        "type": "message",
+        "role": "assistant",
+        "model": answer.model,
+        "content": [{"type": "text", "text": answer.text}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {**_message_input(answer), "output_tokens": _COMPLETION_TOKENS},
+    }
+
+
+def _message_input(answer: _Answer) -> dict[str, int]:
+    """Count as Anthropic does: what came from the cache is not part of `input_tokens`."""
+    cached = answer.cached or 0
+    return {
+        "input_tokens": _PROMPT_TOKENS - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+    }
+
+
+def _message_events(answer: _Answer) -> Iterator[bytes]:
+    begun = {**_message(answer), "content": [], "stop_reason": None}
+    begun["usage"] = {**_message_input(answer), "output_tokens": 1}
+    stop = {"stop_reason": "end_turn", "stop_sequence": None}
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": begun},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "ping"},
+        *(
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": chunk}}
+            for chunk in answer.chunks
+        ),
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": stop, "usage": {"output_tokens": _COMPLETION_TOKENS}},
+        {"type": "message_stop"},
+    ]
+    for event in events:
+        yield b"event: %b\n" % event["type"].encode() + _event(event)
+
+
+def _candidate(answer: _Answer, text: str, usage: dict[str, int], **more: str) -> dict[str, Any]:
+    content = {"parts": [{"text": text}], "role": "model"}
+    return {
+        "candidates": [{"content": content, "index": 0, **more}],
+        "usageMetadata": usage,
+        "modelVersion": answer.model,
+    }
+
+
+def _generated(answer: _Answer) -> dict[str, Any]:
+    thoughts = answer.reasoning or 0
+    usage = {
+        "promptTokenCount": _PROMPT_TOKENS,
+        "candidatesTokenCount": _COMPLETION_TOKENS - thoughts,
+        "totalTokenCount": _PROMPT_TOKENS + _COMPLETION_TOKENS,
+    }
+    if answer.cached is not None:
+        usage["cachedContentTokenCount"] = answer.cached
+    if answer.reasoning is not None:
+        usage["thoughtsTokenCount"] = thoughts
+    return _candidate(answer, answer.text, usage, finishReason="STOP")
+
+
+def _generated_events(answer: _Answer) -> Iterator[bytes]:
+    begun = {"promptTokenCount": _PROMPT_TOKENS, "totalTokenCount": _PROMPT_TOKENS}
+    for chunk in answer.chunks[:-1]:
+        yield _event(_candidate(answer, chunk, begun))
+    last = _generated(answer)
+    last["candidates"][0]["content"]["parts"][0]["text"] = answer.chunks[-1]
+    yield _event(last)
+
+
 _MODELS = "/models"
+_GEMINI = (":generateContent", ":streamGenerateContent")
 _OPERATIONS = {  # by the end of the path; the first match counts
     "/chat/completions": _Operation("messages", "chatcmpl", _chat, _chat_events),
     "/completions": _Operation("prompt", "cmpl", _text_completion, _text_completion_events),
     "/embeddings": _Operation("input", "embd", _embeddings, _no_events),
     "/responses": _Operation("input", "resp", _response, _response_events),
+    "/messages": _Operation("messages", "msg", _message, _message_events),
+    **dict.fromkeys(_GEMINI, _Operation("contents", "gen", _generated, _generated_events)),
 }
 
 
@@ -703,6 +792,25 @@ def _reset(request: web.BaseRequest) -> None:
         linger = struct.pack("ii", 1, 0)
         request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         request.transport.abort()
+
+
+async def _reply(
+    request: web.BaseRequest, suffix: str, seen: SeenRequest, question: Any, fault: Fault
+) -> web.StreamResponse:
+    operation = _OPERATIONS[suffix]
+    if isinstance(question, dict) and suffix in _GEMINI:
+        # Its model is a part of the path, and which path it is says whether it streams.
+        model = seen.path.partition("?")[0].removesuffix(suffix).rpartition("/")[2]
+        question |= {"model": model, "stream": suffix == ":streamGenerateContent"}
+    _check(operation.needs, request.content_type, question)
+    for member in sorted(fault.rejects & question.keys()):
+        _refuse(400, f"Unrecognized request argument supplied: {member}", param=member)
+    answer = _Answer.to(question, seen.provider, fault, id_prefix=operation.id_prefix)
+    if not answer.stream:
+        return _json(operation.whole(answer))
+    if suffix in _GEMINI and "alt=sse" not in seen.path:
+        return _json([operation.whole(answer)])  # an array of what would be events
+    return await _send_events(request, operation.events(answer), fault)
 
 
 async def _send_events(request: web.BaseRequest, events: Iterator[bytes], fault: Fault) -> web.StreamResponse:

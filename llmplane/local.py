@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,10 +25,20 @@ class LocalMeshError(RuntimeError):
     """A process did not start or ended, or a configuration did not become live; the text says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocalGateway:
+    """A gateway's Envoy, and where it listens."""
+
+    name: str
+    bind_address: str
+    process: subprocess.Popen[bytes]
+
+
 class LocalMesh(AbstractContextManager["LocalMesh"]):
     """``llmplane serve`` and ``llmplane proxy sidecar``, started as a user would, ended by the context.
 
-    ``directory`` gets the configuration (``config/``), the processes' logs and their state. ``serve_options``
+    ``directory`` gets the configuration (``config/``), the processes' logs and their state. ``source`` is
+    what says where the objects are (default: ``--config`` with that folder). ``serve_options``
     and ``environment`` are added to the control plane's, ``proxy_options`` to the sidecar's; ``bind_address``
     is where the sidecar opens its listeners (default: the first free address of 127.0.0.0/24).
     """
@@ -36,6 +47,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         self,
         directory: Path,
         *,
+        source: Sequence[str] | None = None,
         serve_options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
@@ -52,6 +64,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         self.admin = Address("127.0.0.1", free_port())
         self.control_plane: subprocess.Popen[bytes] | None = None
         self.proxy: subprocess.Popen[bytes] | None = None
+        self.gateways: list[LocalGateway] = []
+        self._source = ["--config", str(self.config)] if source is None else source
         self._serve_options = serve_options
         self._environment = {
             **os.environ,
@@ -94,7 +108,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
 
     def start_control_plane(self) -> None:
         """Start ``llmplane serve`` and wait until it is ready."""
-        options = ["--config", str(self.config), "--xds-address", str(self.xds)]
+        options = [*self._source, "--xds-address", str(self.xds)]
         options += ["--admin-address", str(self.admin), *self._serve_options]
         self.control_plane = self._run("control-plane", ["serve", *options])
         self._wait("the control plane answers", self._answers)
@@ -107,12 +121,39 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         self._wait("the sidecar listens", lambda: _listens(self.bind_address, HTTP_PROXY_PORT))
         self.settle()
 
+    def start_gateway(
+        self,
+        workload: str = "istio-ingressgateway",
+        *,
+        namespace: str = "istio-system",
+        labels: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        bind_address: str | None = None,
+    ) -> LocalGateway:
+        """Start ``llmplane proxy gateway`` and wait until it is configured.
+
+        ``labels`` are by default those of Istio's ingress gateway. Ports come with the Gateways that are
+        applied; they are opened on ``bind_address`` (default: a free address of 127.0.0.0/24).
+        """
+        address = bind_address or free_bind_address()
+        arguments = ["--xds-address", str(self.xds), "--namespace", namespace, "--workload", workload]
+        arguments += ["--bind-address", address, *options]
+        for name, value in (labels or {"istio": "ingressgateway"}).items():
+            arguments += ["--label", f"{name}={value}"]
+        envoy = ["--", "--concurrency", "1", "-l", "warning"]
+        process = self._run(workload, ["proxy", "gateway", *arguments, *envoy])
+        gateway = LocalGateway(workload, address, process)
+        self.gateways.append(gateway)
+        self._wait(f"{workload} listens", lambda: _listens(address, HEALTH_PORT))
+        self.settle()
+        return gateway
+
     def stop(self) -> None:
-        """End both processes; the sidecar first, so that it need not reconnect."""
-        for process in (self.proxy, self.control_plane):
-            if process is not None:
-                end(process)
+        """End all processes; the proxies first, so that they need not reconnect."""
+        for _, process in reversed(self._processes()):
+            end(process)
         self.proxy = self.control_plane = None
+        self.gateways = []
 
     def apply(self, name: str, text: str, *, settle: bool = True) -> None:
         """Write a configuration file as a whole, and wait until every proxy acknowledged what it means."""
@@ -137,7 +178,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         def settled() -> bool:
             status = self.status()
             states = [proxy["state"] for proxy in status["proxies"]]
-            return status["revision"] > after and bool(states) and set(states) == {"SYNCED"}
+            running = len(self._processes()) - 1  # without the control plane
+            return status["revision"] > after and len(states) >= running and set(states) == {"SYNCED"}
 
         self._wait("every proxy acknowledged the configuration", settled)
 
@@ -146,8 +188,14 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         return fetch_status(self.admin)
 
     def log(self, name: str) -> str:
-        """Return the log of ``control-plane`` or ``sidecar``."""
+        """Return the log of ``control-plane``, ``sidecar`` or a gateway's workload."""
         return (self.directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def _processes(self) -> list[tuple[str, subprocess.Popen[bytes]]]:
+        """Return the names and processes that were started and not stopped, the control plane first."""
+        own = (("control-plane", self.control_plane), ("sidecar", self.proxy))
+        started = [(name, process) for name, process in own if process is not None]
+        return [*started, *((gateway.name, gateway.process) for gateway in self.gateways)]
 
     def _answers(self) -> bool:
         with suppress(StatusUnavailableError):
@@ -168,8 +216,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
     def _wait(self, what: str, condition: Any, seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            for name, process in (("control-plane", self.control_plane), ("sidecar", self.proxy)):
-                if process is not None and process.poll() is not None:
+            for name, process in self._processes():
+                if process.poll() is not None:
                     raise LocalMeshError(f"{name} ended with {process.returncode}:\n{self.log(name)[-2000:]}")
             if time.monotonic() > deadline:
                 logs = "\n".join(

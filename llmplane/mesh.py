@@ -1,18 +1,18 @@
 """Mesh-wide settings from the command line and the mesh configuration file."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import certifi
 import click
-import yaml
 from cryptography import x509
-from pydantic import ValidationError
 
-from crds.meshconfig import MeshConfig
-from crds.problems import field_name
-from crds.validation import findings
+from crds.meshconfig import MeshConfig, load_mesh_config
+from crds.problems import Problem, Severity
 from llmplane.address import Address
+from llmplane.sources.watch import changes
 from translator.world import MeshSettings
 
 _SYSTEM_CA = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -22,25 +22,58 @@ def mesh_settings(
     mesh_config: Path | None, connect_to: Sequence[tuple[Address, Address]], ca_file: Path | None
 ) -> MeshSettings:
     """Read the settings. Raises click.ClickException that names file and field."""
-    config = _read(mesh_config) if mesh_config else MeshConfig()
-    return MeshSettings(
-        root_namespace=config.root_namespace,
-        proxy_http_port=config.proxy_http_port,
-        connect_timeout=config.connect_timeout,
-        connect_to=dict(connect_to),
-        trusted_ca=_trust_roots(ca_file),
-    )
+    settings = MeshSettings(connect_to=dict(connect_to), trusted_ca=_trust_roots(ca_file))
+    return MeshConfigFile(mesh_config, settings).settings if mesh_config else settings
 
 
-def _read(file: Path) -> MeshConfig:
-    try:
-        return MeshConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise click.ClickException(f"{file}: {error}") from None
-    except ValidationError as error:
-        found = findings(MeshConfig, error)
-        texts = [f"{file}: {field_name(finding.path)}: {finding.message}" for finding in found]
-        raise click.ClickException("\n".join(texts)) from None
+class MeshConfigFile:
+    """The mesh configuration file, read again when it changes. While it is broken, what it was stays."""
+
+    def __init__(self, file: Path, settings: MeshSettings) -> None:
+        """Raise click.ClickException that names file and field: it begins with a good version."""
+        self._file = file
+        self._text = ""
+        self.settings = settings
+        self.problems: tuple[Problem, ...] = ()
+        if not self._read():
+            raise click.ClickException("\n".join(map(str, self.problems)))
+
+    async def states(self, stop: asyncio.Event) -> AsyncIterator[MeshSettings]:
+        """Yield the settings after each change of them, or of what is wrong with the file."""
+        async for _ in changes([self._file], self._look, stop):
+            before = (self.settings.config, self.problems)
+            self._read()
+            if (self.settings.config, self.problems) != before:
+                yield self.settings
+
+    def _look(self) -> object:
+        try:
+            status = self._file.stat()
+        except OSError as error:
+            return error.errno
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def _read(self) -> bool:
+        """Take over what the file holds, unless it is broken."""
+        config: MeshConfig | None = None
+        try:
+            text = self._file.read_bytes().decode(errors="surrogateescape")
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+            self.problems = (Problem(Severity.ERROR, str(self._file), 0, "", "", "", "", problem),)
+        else:
+            if (
+                not text and self._text
+            ):  # `generate > mesh.yaml` has emptied the file long before it is written
+                return False
+            self._text = text
+            config, found = load_mesh_config(text, str(self._file))
+            self.problems = tuple(found)
+        if config is None:
+            return False
+        if config != self.settings.config:
+            self.settings = replace(self.settings, config=config)
+        return True
 
 
 def _trust_roots(ca_file: Path | None) -> bytes:

@@ -15,8 +15,9 @@ def problems(state: SourceState, conditions: Mapping[ObjectKey, tuple[Condition,
     An object that does not count is an error; a reference that leads nowhere may yet lead somewhere.
     """
     found = list(state.problems)
-    for item in state.objects:
-        for condition in conditions.get(item.key, ()):
+    flawed = {key for key, of in conditions.items() if any(condition.findings for condition in of)}
+    for item in (item for item in state.objects if flawed and item.key in flawed):
+        for condition in conditions[item.key]:
             is_error = condition.type == "Accepted" and not condition.status
             severity = Severity.ERROR if is_error else Severity.WARNING
             for path, message in condition.findings:

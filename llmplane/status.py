@@ -1,6 +1,8 @@
 """``llmplane status``: the running control plane's objects and proxies, as tables."""
 
 import json
+import ssl
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -9,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from llmplane.address import Address
+from llmplane.bootstrap import XdsCredentials
 
 _TYPES = {"Cluster": "CDS", "Listener": "LDS", "RouteConfiguration": "RDS", "Secret": "SDS"}
 """The discovery services of every sidecar by their types, in the words of `istioctl proxy-status`."""
@@ -24,13 +27,30 @@ class StatusUnavailableError(RuntimeError):
     """There is no control plane to ask; the text says where it was looked for."""
 
 
-def fetch_status(address: Address) -> dict[str, Any]:
-    """Ask a control plane's admin endpoint. Raises StatusUnavailableError."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through http_proxy
+def fetch_status(address: Address, credentials: XdsCredentials | None = None) -> dict[str, Any]:
+    """Ask a control plane's admin endpoint, over TLS if the credentials name a CA.
+
+    Raises StatusUnavailableError.
+    """
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # never through http_proxy
+    request = urllib.request.Request(f"http://{address}/debug/status")
     try:
-        with opener.open(f"http://{address}/debug/status", timeout=10) as answer:
+        if credentials and credentials.ca_file:
+            request.full_url = f"https://{address}/debug/status"
+            context = ssl.create_default_context(cafile=credentials.ca_file)
+            if credentials.client_cert_file:
+                context.load_cert_chain(credentials.client_cert_file, credentials.client_key_file)
+            handlers.append(urllib.request.HTTPSHandler(context=context))
+        if credentials and credentials.token_file:
+            token = credentials.token_file.read_text(encoding="ascii").strip()
+            request.add_header("Authorization", f"Bearer {token}")
+        with urllib.request.build_opener(*handlers).open(request, timeout=10) as answer:
             status: dict[str, Any] = json.load(answer)
             return status
+    except urllib.error.HTTPError as error:
+        with error:
+            text = error.read(1000).decode(errors="replace").strip()
+        raise StatusUnavailableError(f"{address} refuses to tell ({error.code}): {text}") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", error)
         raise StatusUnavailableError(
@@ -74,6 +94,9 @@ def format_status(status: Mapping[str, Any]) -> str:
     ]
     if behind:
         parts.append("\n".join(["NOT IN SYNC", *behind]))
+    missing = [f"{_name(p['node_id'])}: {text}" for p in status["proxies"] for text in p["missing"]]
+    if missing:
+        parts.append("\n".join(["TOO OLD FOR", *missing]))
     if status["problems"]:
         parts.append("\n".join(["PROBLEMS", *status["problems"]]))
     return "\n\n".join(parts)

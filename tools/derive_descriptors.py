@@ -94,7 +94,14 @@ ROOTS = (
     "envoy.extensions.formatter.cel.v3.Cel",
     "envoy.extensions.formatter.metadata.v3.Metadata",
     "envoy.extensions.formatter.req_without_query.v3.ReqWithoutQuery",
+    # Traces.
+    "envoy.config.trace.v3.OpenTelemetryConfig",
+    "envoy.extensions.tracers.opentelemetry.samplers.v3.ParentBasedSamplerConfig",
+    "envoy.extensions.tracers.opentelemetry.samplers.v3.TraceIdRatioBasedSamplerConfig",
     # Matchers.
+    "envoy.extensions.matching.actions.transform_stat.v3.TransformStat",
+    "envoy.extensions.matching.common_inputs.stats.v3.StatTagValueInput",
+    "envoy.extensions.path.match.uri_template.v3.UriTemplateMatchConfig",
     "envoy.type.matcher.v3.*",
 )
 
@@ -116,6 +123,12 @@ _PRIORITY_GROUP = "envoy.extensions.router.cluster_specifiers.priority_group.v3"
 # tests/unit/test_protos.py compares the whole schema with those.
 ADDED: dict[str, tuple[Added, ...]] = {
     "envoy.config.cluster.v3.Cluster": (Added("stats_matcher", 61, "envoy.config.metrics.v3.StatsMatcher"),),
+    "envoy.extensions.filters.http.filter_chain.v3.FilterChain": (
+        Added("filters", 1, "envoy.config.core.v3.TypedExtensionConfig", repeated=True),
+    ),
+    "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfig": (
+        Added("default_filter_chain", 1, "envoy.extensions.filters.http.filter_chain.v3.FilterChain"),
+    ),
     "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit": (
         Added("enable_retry_after_header", 19, "bool"),
     ),

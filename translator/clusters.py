@@ -12,18 +12,22 @@ from typing import Any, Self
 from google.protobuf.message import Message
 
 from crds.llmprovider import LLMProvider, OutlierDetection
-from translator import lua, secrets
-from translator.hosts import authority
+from translator import lua, older_envoy, secrets
+from translator.features import Feature
+from translator.hosts import authority, stat_name
 from translator.operations import operations
+from translator.proxy import Proxy
 from translator.world import MeshSettings
 from xds import protos
 
 _KEEP_ALIVE = timedelta(seconds=50)
 _UNLIMITED = {"value": 2**32 - 1}
+HOST_METADATA = ("llm", "host")
+"""Namespace and key of a cluster's metadata that hold the host of its provider."""
 _ADS = {"ads": {}, "resource_api_version": "V3"}
 _HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
-_DNS = {
+DNS = {
     "name": "dns",
     "typed_config": protos.pack(
         protos.DnsCluster(
@@ -37,7 +41,7 @@ _DNS = {
 }
 """All addresses of a name are endpoints; asked again when the record says so, else each minute (as Istio)."""
 
-_GUARD = {
+GUARD = {
     "priority": 1,
     "lb_endpoints": [
         {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 1}}}}
@@ -80,30 +84,31 @@ class Destination:
         return hash(self.cluster_name)
 
 
-def cluster(target: Destination, mesh: MeshSettings, script: Message, *, client_certificate: bool) -> Message:
-    """Make the cluster of a destination.
+def cluster(target: Destination, mesh: MeshSettings, proxy: Proxy, *, client_certificate: bool) -> Message:
+    """Make the cluster of a destination; of the proxy, its version and where its Lua script lies count.
 
-    ``script`` is the DataSource of the Lua text; ``client_certificate`` says that the certificate of
-    ``tls.credentialName`` is there (a cluster that waits for one would hold up its whole update).
+    ``client_certificate`` says that the certificate of ``tls.credentialName`` is there (a cluster that waits
+    for one would hold up its whole update).
     """
     spec = target.provider.spec
     addresses = [mesh.connect_to.get(address, address) for address in spec.addresses]
-    is_static = all(_is_ip(host) for host, _ in addresses)
+    is_static = all(is_ip(host) for host, _ in addresses)
     options = protos.HttpProtocolOptions(
         # HTTP/1.1: a connection a stream, so that one that breaks takes no other stream with it.
         explicit_http_config={"http_protocol_options": {}},
         # Shorter than what providers allow (60 s and more): a request on a connection that the other side is
         # just closing fails, and is not retried.
         common_http_protocol_options={"idle_timeout": _KEEP_ALIVE},
-        http_filters=_upstream_filters(target, script),
+        http_filters=_upstream_filters(target, mesh, proxy),
     )
     made = protos.Cluster(
         name=target.cluster_name,
-        cluster_type=None if is_static else _DNS,
-        connect_timeout=mesh.connect_timeout,
+        alt_stat_name=stat_name(target.cluster_name),
+        cluster_type=None if is_static else DNS,
+        connect_timeout=mesh.config.connect_timeout,
         # A name that never resolves must not hold up the acknowledgement of all clusters.
         wait_for_warm_on_init={"value": False},
-        load_assignment=_load_assignment(target.cluster_name, addresses),
+        load_assignment=_load_assignment(addresses),
         circuit_breakers={
             "thresholds": [
                 {
@@ -119,6 +124,8 @@ def cluster(target: Destination, mesh: MeshSettings, script: Message, *, client_
         upstream_connection_options={"tcp_keepalive": {"keepalive_time": {"value": 300}}},
     )
     made.typed_extension_protocol_options[_HTTP_PROTOCOL_OPTIONS].CopyFrom(protos.pack(options))
+    # Metrics show it, also for requests that no host of the cluster got.
+    made.metadata.filter_metadata[HOST_METADATA[0]].update({HOST_METADATA[1]: spec.host})
     if spec.tls.mode != "DISABLE":
         made.transport_socket.CopyFrom(_tls(target.provider, client_certificate=client_certificate))
     if spec.outlier_detection is not None:
@@ -126,7 +133,8 @@ def cluster(target: Destination, mesh: MeshSettings, script: Message, *, client_
     return made
 
 
-def _is_ip(host: str) -> bool:
+def is_ip(host: str) -> bool:
+    """Whether a host is an IP address, which needs no DNS."""
     try:
         ip_address(host)
     except ValueError:
@@ -134,46 +142,50 @@ def _is_ip(host: str) -> bool:
     return True
 
 
-def _load_assignment(name: str, addresses: list[tuple[str, int]]) -> dict[str, Any]:
+def _load_assignment(addresses: list[tuple[str, int]]) -> dict[str, Any]:
     hosts = [
         {"endpoint": {"address": {"socket_address": {"address": host, "port_value": port}}}}
         for host, port in addresses
     ]
     return {
-        "cluster_name": name,
-        "endpoints": [{"lb_endpoints": hosts}, _GUARD],
+        "cluster_name": "-",  # only EDS reads it
+        "endpoints": [{"lb_endpoints": hosts}, GUARD],
         # The guard gets nothing as long as one real host is usable.
         "policy": {"overprovisioning_factor": {"value": 100 * 10_000}},
     }
 
 
-def _upstream_filters(target: Destination, script: Message) -> list[dict[str, Any]]:
+def _upstream_filters(target: Destination, mesh: MeshSettings, proxy: Proxy) -> list[dict[str, Any]]:
     provider = target.provider
     config = provider.spec.config_for(target.rule)
     context = lua.filter_context(
-        authority(target.host_rewrite or provider.spec.host), operations(provider.spec, config)
+        authority(target.host_rewrite or provider.spec.host),
+        operations(provider.spec, config),
+        mesh.config.llm_metrics.max_client_models,
     )
-    filters = [
-        (
-            "llm.provider",
-            protos.Lua(
-                shared_vm_id="llm",
-                default_source_code=script,
-                filter_context=protos.struct(context),
-            ),
-        )
-    ]
+    filters = [("llm.provider", _lua(context, proxy))]
     key = secrets.api_key_name(provider, target.rule)
     if key is not None:
-        filters.append(("llm.key", _credential_injector(key)))
+        filters.append(("llm.key", _credential_injector(key, proxy)))
     filters.append(("codec", protos.UpstreamCodec()))
     return [{"name": name, "typed_config": protos.pack(config)} for name, config in filters]
 
 
-def _credential_injector(secret_name: str) -> Message:
+def _lua(context: dict[str, Any], proxy: Proxy) -> Message:
+    file = proxy.script(lua.SCRIPT_SHA256)
+    if not proxy.supports(Feature.LUA_CONTEXT):
+        has_filter_state = proxy.supports(Feature.LUA_FILTER_STATE)
+        text = older_envoy.source(context, file, has_filter_state=has_filter_state)
+        return protos.Lua(default_source_code={"inline_string": text})
+    # In the file that the bootstrap laid down or, without one, here.
+    source = {"filename": file} if file is not None else {"inline_string": lua.SCRIPT}
+    return protos.Lua(shared_vm_id="llm", default_source_code=source, filter_context=protos.struct(context))
+
+
+def _credential_injector(secret_name: str, proxy: Proxy) -> Message:
     credential = protos.GenericCredential(
         header=lua.CREDENTIAL_HEADER,
-        header_value_prefix="Bearer ",
+        header_value_prefix=secrets.BEARER if proxy.supports(Feature.CREDENTIAL_PREFIX) else None,
         credential={"name": secret_name, "sds_config": _ADS},
     )
     return protos.CredentialInjector(
@@ -192,7 +204,7 @@ def _tls(provider: LLMProvider, *, client_certificate: bool) -> Message:
     validation: dict[str, Any] = {}
     if settings.ca_certificates:
         validation["trusted_ca"] = {"filename": settings.ca_certificates}
-    if _is_ip(sni):  # TLS has no SNI for addresses: the certificate is checked for the address instead
+    if is_ip(sni):  # TLS has no SNI for addresses: the certificate is checked for the address instead
         sni = ""
         validation["match_typed_subject_alt_names"] = [
             {"san_type": "IP_ADDRESS", "matcher": {"exact": provider.spec.host}}

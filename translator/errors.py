@@ -3,6 +3,8 @@
 Source of the form: https://platform.openai.com/docs/guides/error-codes; design decision 11.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.message import Message
@@ -12,6 +14,9 @@ from xds import protos
 JSON = "application/json"
 LUA_METADATA = "llm"
 """Dynamic metadata namespace in which the Lua script marks its own answers (key ``error``)."""
+
+_NO_API_KEY = ("missing_api_key", "unknown_api_key", "unkonwn_api_key", "missing_credentials")
+"""Response code details of the API key filter; the misspelt one is that of older Envoys."""
 
 
 def openai_error(message: str, kind: str, code: str) -> dict[str, Any]:
@@ -23,6 +28,7 @@ def local_reply_config(max_request_bytes: int) -> Message:
     """Turn Envoy's own answers into OpenAI's JSON; the first mapper that matches counts."""
     return protos.LocalReplyConfig(
         mappers=[
+            _mapper(_denied(), _as_it_is("text/plain")),
             _mapper(
                 {
                     "metadata_filter": {
@@ -34,7 +40,7 @@ def local_reply_config(max_request_bytes: int) -> Message:
                         "match_if_key_not_found": {"value": False},
                     }
                 },
-                {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}, "content_type": JSON},
+                _as_it_is(JSON),
             ),
             _error(
                 _TUNNEL,
@@ -55,6 +61,31 @@ def local_reply_config(max_request_bytes: int) -> Message:
                 "No LLMRoute and no LLMProvider takes this request: %REQ(:AUTHORITY)%.",
                 "invalid_request_error",
                 "route_not_found",
+            ),
+            _error(
+                _details(' == "ext_authz_error"'),
+                "The authorization service could not be asked.",
+                "server_error",
+                "authorization_unavailable",
+            ),
+            _error(
+                _details('.startsWith("jwt_authn_access_denied")'),
+                "%LOCAL_REPLY_BODY%",
+                "authentication_error",
+                "invalid_token",
+            ),
+            _error(
+                _details(f" in {json.dumps(_NO_API_KEY)}"),
+                "There is no API key in the request, or none that this gateway knows.",
+                "authentication_error",
+                "invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            ),
+            _error(
+                _status(421),
+                "This connection was made for another TLS server name than %REQ(:AUTHORITY)%: connect anew.",
+                "invalid_request_error",
+                "misdirected_request",
             ),
             _error(
                 _status(401),
@@ -106,12 +137,41 @@ def _mapper(filter_: dict[str, Any], body: dict[str, Any], **more: Any) -> dict[
     return {"filter": filter_, "body_format_override": body, **more}
 
 
+def _as_it_is(content_type: str) -> dict[str, Any]:
+    return {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}, "content_type": content_type}
+
+
+def _denied() -> dict[str, Any]:
+    """Match what an AuthorizationPolicy denied: seed 004 has Envoy's own text, `RBAC: access denied`.
+
+    An authorization service has its own text, and its own content type, which Envoy keeps.
+    """
+    return _details('.startsWith("rbac_access_denied") || response.code_details == "ext_authz_denied"')
+
+
+def _details(condition: str) -> dict[str, Any]:
+    """Match by Envoy's response code details; the condition is what follows them in CEL."""
+    expression = protos.ExpressionFilter(expression=f"response.code_details{condition}")
+    return {"extension_filter": {"name": "cel", "typed_config": protos.pack(expression)}}
+
+
 def _error(
-    filter_: dict[str, Any], message: str, kind: str, code: str, *, status: int | None = None
+    filter_: dict[str, Any],
+    message: str,
+    kind: str,
+    code: str,
+    *,
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """``status`` replaces Envoy's."""
+    """``status`` replaces Envoy's, ``headers`` are added to the answer."""
     body = {"json_format": openai_error(message, kind, code), "content_type": JSON}
-    return _mapper(filter_, body, **({"status_code": {"value": status}} if status else {}))
+    more: dict[str, Any] = {"status_code": {"value": status}} if status else {}
+    if headers:
+        more["headers_to_add"] = [
+            {"header": {"key": name, "value": value}} for name, value in headers.items()
+        ]
+    return _mapper(filter_, body, **more)
 
 
 def _flags(*flags: str) -> dict[str, Any]:

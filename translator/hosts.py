@@ -33,3 +33,8 @@ def domains(host: str, namespace: str, client_namespace: str, domain: str) -> li
     name, of = service
     forms = [f"{name}.{of}", f"{name}.{of}.svc", f"{name}.{of}.svc.{domain}"]
     return [name, *forms] if of == client_namespace else forms
+
+
+def stat_name(cluster_name: str) -> str:
+    """Return a cluster's name for statistics: Envoy's label ``envoy_cluster_name`` ends at the first dot."""
+    return cluster_name.replace(".", "_")

@@ -1,13 +1,19 @@
 """The listeners of a proxy; their routes come by RDS, so that a changed route drains no connection."""
 
+from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import Any
 
 from google.protobuf.message import Message
 
+from crds.meshconfig import MeshConfig
+from translator import api_keys, observability, policies
+from translator.certificates import server_context
 from translator.errors import local_reply_config
+from translator.gateways import GatewayListener
 from translator.proxy import Proxy, ProxyType
-from translator.world import MeshSettings
+from translator.scopes import LISTENER_HEADER
+from translator.world import World
 from xds import protos
 
 HTTP_PROXY_ROUTES = "http_proxy"
@@ -17,6 +23,16 @@ HTTP_PROXY_ROUTES = "http_proxy"
 _TYPES = "type.googleapis.com/"
 _LUA = "envoy.extensions.filters.http.lua.v3.Lua"
 _ADS = {"ads": {}, "resource_api_version": "V3"}
+
+_TLS_INSPECTOR = {
+    "name": "envoy.filters.listener.tls_inspector",
+    "typed_config": protos.pack(protos.TlsInspector()),
+}
+
+_FORWARDED = (
+    "x-forwarded-(f|fo|p|pr|pro|prot|([^fp]|f[^o]|fo[^r]|for.|p[^r]|pr[^o]|pro[^t]|prot[^o]|proto.).*)?"
+)
+"""What trusted proxies do not tell: all but the client's addresses (-for) and its scheme (-proto)."""
 
 _LOWER_CASE_HOST = """
 function envoy_on_request(handle)
@@ -28,46 +44,57 @@ end
 """Scopes are compared letter by letter; with the cleared cache, Envoy looks for the scope anew."""
 
 
-def listeners(proxy: Proxy, mesh: MeshSettings, *, scoped: bool) -> list[Message]:
-    """Make the listeners of a proxy: a sidecar's HTTP proxy, for clients that are told to use it.
+def sidecar_listener(world: World, proxy: Proxy, *, scoped: bool) -> Message | None:
+    """Make a sidecar's HTTP proxy, for clients that are told to use it; None where it is switched off.
 
     ``scoped``: its routes are scoped routes (translator.scopes), not one route configuration.
     """
-    port = mesh.proxy_http_port
-    if proxy.type is not ProxyType.SIDECAR or not port:
-        return []
-    manager = _connection_manager(HTTP_PROXY_ROUTES, mesh, scoped=scoped)
-    return [
-        protos.Listener(
-            name=f"{proxy.bind_address}_{port}",
-            address={"socket_address": {"address": proxy.bind_address, "port_value": port}},
-            traffic_direction="OUTBOUND",
-            filter_chains=[
-                {
-                    "filters": [
-                        {
-                            "name": "envoy.filters.network.http_connection_manager",
-                            "typed_config": protos.pack(manager),
-                        }
-                    ]
-                }
-            ],
-        )
-    ]
+    port = world.mesh.config.proxy_http_port
+    if not port:
+        return None
+    manager = _connection_manager(world, proxy, HTTP_PROXY_ROUTES, scoped=scoped)
+    return _listener(f"{proxy.bind_address}_{port}", proxy.bind_address, port, [_chain(manager)])
 
 
-def _connection_manager(routes: str, mesh: MeshSettings, *, scoped: bool) -> Message:
-    client_hints = protos.EarlyHeaderMutation(
-        mutations=[
-            # x-envoy-* steer Envoy's router (retries, timeouts): the client may not.
-            {"remove_on_match": {"key_matcher": {"prefix": prefix, "ignore_case": True}}}
-            for prefix in ("x-envoy-", "x-forwarded-")
-        ]
+def gateway_listener(
+    world: World, proxy: Proxy, opened: GatewayListener, scoped: AbstractSet[str]
+) -> Message:
+    """Make a listener of a gateway; ``scoped`` names the route configurations that are scoped routes."""
+    chains = []
+    for chain in opened.chains:
+        made = _chain(_connection_manager(world, proxy, chain.routes, scoped=chain.routes in scoped))
+        if chain.tls is not None and chain.certificates is not None:
+            config = world.mesh.config
+            domains = (config.trust_domain, *config.trust_domain_aliases)
+            context = server_context(chain.certificates, chain.tls, domains)
+            made["transport_socket"] = {"name": "tls", "typed_config": protos.pack(context)}
+            if chain.server_names:
+                made["filter_chain_match"] = {"server_names": chain.server_names}
+        chains.append(made)
+    return _listener(opened.name, opened.address, opened.port, chains)
+
+
+def _listener(name: str, address: str, port: int, filter_chains: list[dict[str, Any]]) -> Message:
+    has_names = any("filter_chain_match" in chain for chain in filter_chains)
+    return protos.Listener(
+        name=name,
+        address={"socket_address": {"address": address, "port_value": port}},
+        traffic_direction="OUTBOUND",
+        listener_filters=[_TLS_INSPECTOR] if has_names else [],
+        filter_chains=filter_chains,
     )
+
+
+def _chain(manager: Message) -> dict[str, Any]:
+    name = "envoy.filters.network.http_connection_manager"
+    return {"filters": [{"name": name, "typed_config": protos.pack(manager)}]}
+
+
+def _connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool) -> Message:
     return protos.HttpConnectionManager(
         stat_prefix=routes,
         rds=None if scoped else {"route_config_name": routes, "config_source": _ADS},
-        scoped_routes=_scoped_routes(routes) if scoped else None,
+        scoped_routes=_scoped_routes(routes, proxy) if scoped else None,
         # Host: HOST:PORT and HOST. are HOST, for routes and policies alike (asm-and-istio.md, finding 4).
         strip_any_host_port=True,
         strip_trailing_host_dot=True,
@@ -76,27 +103,69 @@ def _connection_manager(routes: str, mesh: MeshSettings, *, scoped: bool) -> Mes
         early_header_mutation_extensions=[
             {
                 "name": "envoy.http.early_header_mutation.header_mutation",
-                "typed_config": protos.pack(client_hints),
+                "typed_config": protos.pack(_early_mutations(world, proxy, routes, scoped=scoped)),
             }
         ],
         # Routes have an idle timeout of their own; five minutes of silence are nothing for a model.
         stream_idle_timeout=timedelta(),
-        local_reply_config=local_reply_config(mesh.max_request_bytes),
+        local_reply_config=local_reply_config(world.mesh.max_request_bytes),
         http_filters=[
             *([_lower_case_host()] if scoped else []),
+            *policies.filters(world, proxy),
             {
                 "name": "envoy.filters.http.router",
                 "typed_config": protos.pack(protos.Router(suppress_envoy_headers=True)),
             },
         ],
+        **observability.of_connection_manager(world, proxy),
+        **(_of_gateway(world.mesh.config) if proxy.type is ProxyType.ROUTER else {}),
     )
 
 
-def _scoped_routes(name: str) -> dict[str, Any]:
+def _of_gateway(config: MeshConfig) -> dict[str, Any]:
+    """Return what a gateway has more, as in Istio: clients are not trusted, policies compare paths."""
+    normalization = config.path_normalization.normalization
+    decodes = normalization == "DECODE_AND_MERGE_SLASHES"
+    return {
+        "use_remote_address": {"value": True},
+        "xff_num_trusted_hops": config.default_config.gateway_topology.num_trusted_proxies,
+        "normalize_path": {"value": normalization != "NONE"},
+        "merge_slashes": decodes or normalization == "MERGE_SLASHES",
+        "path_with_escaped_slashes_action": "UNESCAPE_AND_FORWARD" if decodes else "KEEP_UNCHANGED",
+    }
+
+
+def _early_mutations(world: World, proxy: Proxy, routes: str, *, scoped: bool) -> Message:
+    """Remove what steers Envoy's router (retries, timeouts) or tells of the client: the client may not.
+
+    On a gateway with ``scoped`` routes say which listener it is.
+    """
+    forwarded: dict[str, Any] = {"prefix": "x-forwarded-", "ignore_case": True}
+    if (
+        proxy.type is ProxyType.ROUTER
+        and world.mesh.config.default_config.gateway_topology.num_trusted_proxies
+    ):
+        forwarded = {"safe_regex": {"regex": _FORWARDED}}
+    client = {"exact": api_keys.CLIENT_HEADER, "ignore_case": True}
+    mutations: list[dict[str, Any]] = [
+        {"remove_on_match": {"key_matcher": matcher}}
+        for matcher in (
+            {"prefix": "x-envoy-", "ignore_case": True},
+            forwarded,
+            *([client] if proxy.type is ProxyType.ROUTER else ()),
+        )
+    ]
+    if scoped and proxy.type is ProxyType.ROUTER:
+        mutations.append({"append": {"header": {"key": LISTENER_HEADER, "value": routes}}})
+    return protos.EarlyHeaderMutation(mutations=mutations)
+
+
+def _scoped_routes(name: str, proxy: Proxy) -> dict[str, Any]:
+    headers = [":authority", *([LISTENER_HEADER] if proxy.type is ProxyType.ROUTER else [])]
     return {
         "name": name,
         "scope_key_builder": {
-            "fragments": [{"header_value_extractor": {"name": ":authority", "index": 0}}],
+            "fragments": [{"header_value_extractor": {"name": header, "index": 0}} for header in headers],
         },
         "rds_config_source": _ADS,
         "scoped_rds": {"scoped_rds_config_source": _ADS},

@@ -1,6 +1,6 @@
--- The request side of an LLM provider, an *upstream* HTTP filter of its cluster. It runs again for each
--- attempt, on the client's own body: what a retry sends to another provider is made here anew, from that
--- provider's data.
+-- What Envoy does for an LLM provider, an *upstream* HTTP filter of its cluster: prepare the request, and read
+-- the tokens that the response reports. It runs again for each attempt, on the client's own body: what a retry
+-- sends to another provider is made here anew, from that provider's data.
 --
 -- The data are the filter's `filter_context`; translator/lua.py makes it and documents it:
 --   {id, host, prefix, operations: ["METHOD suffix [path]" or ["METHOD suffix [path]", member...]]}
@@ -17,6 +17,7 @@
 -- check.
 
 local ffi = require("ffi")
+local BYTES = ffi.typeof("const uint8_t *")
 local byte, find, match, sub = string.byte, string.find, string.match, string.sub
 local concat = table.concat
 
@@ -222,7 +223,9 @@ end
 -- The merge plan: what filter_context says, ready for the splice. A node stands for one object, the body or
 -- an object in it; an entry stands for a member of it.
 --   node:  {entries = in configured order, by_key, lengths = set of key lengths, longest,
---           text = all entries, for insertion; in the root also model = its entry, with the name for logs}
+--           text = all entries, for insertion;
+--           if_stream = the entry that is to be inserted when the final `stream` is true, or nil: no other;
+--           in the root also model = its entry, with the name for logs, and stream = its entry or nil}
 --   entry: {key, value, text = '"key":value', force, node = of the inner object or nil,
 --           seen = mark of the last pass that met it}
 
@@ -238,16 +241,21 @@ local function add_entry(node, key)
   return entry
 end
 
-local function finish(node)
-  local texts = {}
-  for n, entry in ipairs(node.entries) do
-    if entry.node then
-      finish(entry.node)
-      entry.value = "{" .. entry.node.text .. "}"
-    end
-    entry.text = quote(entry.key) .. ":" .. entry.value
-    texts[n] = entry.text
+local finish
+
+local function finish_entry(entry)
+  if entry.node then
+    finish(entry.node)
+    entry.value = "{" .. (entry.node.if_stream and entry.node.if_stream.text or entry.node.text) .. "}"
   end
+  entry.text = quote(entry.key) .. ":" .. entry.value
+  return entry.text
+end
+
+function finish(node)
+  local texts = {}
+  for n, entry in ipairs(node.entries) do texts[n] = finish_entry(entry) end
+  if node.if_stream then finish_entry(node.if_stream) end
   node.text = concat(texts, ",")
 end
 
@@ -266,16 +274,25 @@ local function merge_plan(members)
   local root = new_node()
   for n = 2, #members do -- behind the operation's text
     local member = members[n]
-    local force, value, key, inner = member[1] == "force", member[2], member[3], member[4]
+    local mode, value, key, inner = member[1], member[2], member[3], member[4]
+    local force, if_stream = mode == "force", mode == "fill_stream"
     local entry = root.by_key[key]
     if not entry then
       entry = add_entry(root, key)
-      root.entries[#root.entries + 1] = entry
+      if if_stream then
+        root.if_stream = entry
+      else
+        root.entries[#root.entries + 1] = entry
+      end
     end
     if inner then
       entry.node = entry.node or new_node()
       local leaf = add_entry(entry.node, inner)
-      entry.node.entries[#entry.node.entries + 1] = leaf
+      if if_stream then
+        entry.node.if_stream = leaf
+      else
+        entry.node.entries[#entry.node.entries + 1] = leaf
+      end
       leaf.value, leaf.force = value, force
     else
       entry.value = value
@@ -286,11 +303,28 @@ local function merge_plan(members)
   -- the model is looked at even where nothing is configured for it
   root.model = root.by_key.model or add_entry(root, "model")
   root.model.name = root.model.value and model_name(root.model.value)
+  if root.if_stream then root.stream = root.by_key.stream or add_entry(root, "stream") end
   return root
 end
 
+-- OpenTelemetry's gen_ai.operation.name; other operations are called by their paths.
+local OPERATION_NAMES = {
+  ["/chat/completions"] = "chat",
+  ["/responses"] = "chat",
+  ["/messages"] = "chat",
+  ["/completions"] = "text_completion",
+  ["/embeddings"] = "embeddings",
+}
+
+local function operation_name(suffix)
+  local gemini = find(suffix, ":generateContent", 1, true) or find(suffix, ":streamGenerateContent", 1, true)
+  return OPERATION_NAMES[suffix] or gemini and "generate_content" or sub(suffix, 2)
+end
+
+local MAX_MODELS = 100 -- that clients choose and metrics show
+
 local function provider_plan(context)
-  local plan = { host = context:get("host"), operations = {} }
+  local plan = { host = context:get("host"), models = context:get("models") or MAX_MODELS, operations = {} }
   local prefix, served = context:get("prefix"), {}
   for n, listed in ipairs(context:get("operations")) do
     local spliced = type(listed) == "table"
@@ -298,6 +332,7 @@ local function provider_plan(context)
     plan.operations[n] = {
       method = method,
       suffix = suffix,
+      name = operation_name(suffix),
       path = path ~= "" and path or prefix .. suffix,
       root = spliced and merge_plan(listed) or nil,
     }
@@ -334,6 +369,9 @@ local edit_from, edit_to, edit_text, edits = {}, {}, {}, 0
 -- A key that is repeated a million times must not become a million times a long configured value.
 local MAX_EDITS = 1000
 local model_from, model_to -- the value of the last "model" member of the body
+local stream_from -- that of the last "stream" member begins here
+-- What some of the edits insert if the final `stream` is true, which is known at the end of the pass.
+local late_edit, late_text, lates = {}, {}, 0
 local mark = 0
 
 local function edit(from, to, text)
@@ -343,7 +381,7 @@ end
 
 -- What is to be inserted into an object: the entries that this pass did not meet in it.
 local function missing(node, pass, met)
-  if met == 0 then return node.text end
+  if met == 0 or node.text == "" then return node.text end
   local texts = {}
   for _, entry in ipairs(node.entries) do
     if entry.seen ~= pass then texts[#texts + 1] = entry.text end
@@ -396,6 +434,7 @@ local function object_end(s, p, i, node, depth)
       end
       entry.seen, met = pass, met + 1
       if entry == node.model then model_from, model_to = value, i end
+      if entry == node.stream then stream_from = value end
     end
     i = skip_space(p, i)
     if p[i] == OBJECT_END then break end
@@ -403,19 +442,31 @@ local function object_end(s, p, i, node, depth)
     i = skip_space(p, i + 1)
   end
   local text = missing(node, pass, met)
-  if text ~= "" and not empty then text = text .. "," end
-  edit_text[insertion] = text
+  local comma = empty and "" or ","
+  edit_text[insertion] = text ~= "" and text .. comma or ""
+  if node.if_stream and node.if_stream.seen ~= pass then
+    lates = lates + 1
+    late_edit[lates] = insertion
+    late_text[lates] = (text ~= "" and text .. "," or "") .. node.if_stream.text .. comma
+  end
   return i + 1
+end
+
+-- Whether the body, as it is sent, asks for a stream.
+local function streams(p, entry)
+  if stream_from and not entry.force then return p[stream_from] == 116 end -- t of true
+  return entry.value == "true"
 end
 
 -- Where the result is put together; kept, unless it got large: fresh memory costs as much as the pass itself.
 local output = require("string.buffer").new()
 local KEPT_OUTPUT = 4 * 1024 * 1024
 
--- Returns the body with the members of root merged in, and its model or nil; or nil and what is wrong.
+-- Returns the body with the members of root merged in, its model or nil, and whether members for streams were
+-- inserted; or nil and what is wrong.
 local function splice(s, root)
-  local p = ffi.cast("const uint8_t *", s)
-  edits, model_from, last_four, fault = 0, nil, #s - 4, "invalid JSON"
+  local p = ffi.cast(BYTES, s)
+  edits, lates, model_from, stream_from, last_four, fault = 0, 0, nil, nil, #s - 4, "invalid JSON"
   local i = skip_space(p, 0)
   if p[i] ~= OBJECT then return nil, ("a JSON object is expected at byte %d"):format(i) end
   i = object_end(s, p, i, root, 1)
@@ -428,6 +479,11 @@ local function splice(s, root)
   local model = root.model.name
   if model_from and not root.model.force then model = model_name(sub(s, model_from + 1, model_to)) end
 
+  local added = lates > 0 and streams(p, root.stream)
+  if added then
+    for n = 1, lates do edit_text[late_edit[n]] = late_text[n] end
+  end
+
   output:reset()
   local copied = 0
   for n = 1, edits do
@@ -436,7 +492,7 @@ local function splice(s, root)
   end
   local result = output:putcdata(p + copied, #s - copied):tostring()
   if #s > KEPT_OUTPUT then output:free() end
-  return result, model
+  return result, model, added
 end
 
 -- --------------------------------------------------------------------------------------------------
@@ -482,7 +538,28 @@ local function operation_of(plan, method, path)
   return found, allow
 end
 
-local MODEL_STATE = "wasm.asm.llmproxy.request_model" -- filter state that logs and metrics read
+-- Filter state that logs and metrics read
+local MODEL_STATE, OPERATION_STATE = "wasm.asm.llmproxy.request_model", "llm.operation"
+-- The model as metrics show it: OTHER for what clients choose beyond the first so many (per VM).
+local LABEL_STATE, OTHER = "llm.model_label", "other"
+local PROMPT_STATE = "wasm.asm.llmproxy.request_prompt_tokens"
+local COMPLETION_STATE = "wasm.asm.llmproxy.request_completion_tokens"
+-- Filter state for the response side: the time, in microseconds, behind ADDED if the usage chunk of the answer
+-- is to be removed. There for LLM operations only.
+local ATTEMPT_STATE, ADDED = "llm.attempt", "+"
+
+local shown, shown_count = {}, 0
+
+local function label_of(model, plan)
+  if shown[model] then return model end
+  if shown_count >= plan.models then return OTHER end
+  shown[model], shown_count = true, shown_count + 1
+  return model
+end
+
+local function seconds(time) return ("%.6f"):format(time / 1e6) end -- as Envoy's metrics take it
+
+local function microseconds(h) return h:timestampString(EnvoyTimestampResolution.MICROSECOND) end
 
 local function handle(h)
   local plan = plan_of(h:filterContext())
@@ -507,7 +584,9 @@ local function handle(h)
     if query then path = path .. (find(path, "?", 1, true) and "&" or "?") .. sub(target, query + 1) end
     headers:replace(":path", path)
     if again then -- an attempt before may have left a model, and the length of the body that it made
-      state:set(MODEL_STATE, "envoy.string", "")
+      for _, key in ipairs({ MODEL_STATE, LABEL_STATE, OPERATION_STATE, ATTEMPT_STATE }) do
+        state:set(key, "envoy.string", "")
+      end
       if headers:get("content-length") then
         local body = h:body(true)
         body:setBytes(body:getBytes(0, body:length()))
@@ -528,18 +607,549 @@ local function handle(h)
   if content_type ~= "application/json" then headers:replace("content-type", "application/json") end
 
   local forced = operation.root.model.force and operation.root.model.name
-  if forced then state:set(MODEL_STATE, "envoy.string", forced) end
+  if forced then
+    state:set(MODEL_STATE, "envoy.string", forced)
+    state:set(LABEL_STATE, "envoy.string", forced)
+  end
   local body = h:body(true) -- waits for the whole body; `headers` and `state` are dead from here on
   local size = body:length()
   if size == 0 then return refuse(h, "400", "empty_body", "The request body is empty.") end
   local text = body:getBytes(0, size) -- held here while splice reads it through a pointer
-  local spliced, model = splice(text, operation.root)
+  local spliced, model, added = splice(text, operation.root)
   if not spliced then
     return refuse(h, "400", "invalid_json", "The request body cannot be used: " .. model .. ".")
   end
   body:setBytes(spliced) -- also when nothing changed: it sets content-length, which may be another attempt's
+  state = h:streamInfo():filterState()
   if not forced and (model or again) then
-    h:streamInfo():filterState():set(MODEL_STATE, "envoy.string", model or "")
+    state:set(MODEL_STATE, "envoy.string", model or "")
+    local configured = not model or model == operation.root.model.name
+    state:set(LABEL_STATE, "envoy.string", configured and model or model and label_of(model, plan) or "")
+  end
+  state:set(OPERATION_STATE, "envoy.string", operation.name)
+  state:set(ATTEMPT_STATE, "envoy.string", (added and ADDED or "") .. microseconds(h))
+end
+
+-- --------------------------------------------------------------------------------------------------
+-- Reading a response
+--
+-- Its JSON is scanned in pieces as they come. Nothing is decoded and nothing is kept, but for the place in the
+-- nesting and the last bytes of a piece where they may be something of interest cut short. Looked at are:
+--   OpenAI chat, completions, embeddings: usage, model and choices of the object itself
+--   OpenAI Responses, in streams:         the same of its member response
+--   Groq, in streams:                     the same of its member x_groq
+--   Anthropic, in streams:                the same of its member message, and usage of the object itself
+--   Gemini:                               usageMetadata and modelVersion, of each object where it is an array
+-- and, at any depth, the strings that hold what the model says.
+
+local KEYS = {
+  usage = "usage", usageMetadata = "usage",
+  model = "model", modelVersion = "model",
+  choices = "choices",
+  response = "inner", message = "inner", x_groq = "inner",
+  content = "content", text = "content", delta = "content", refusal = "content", arguments = "content",
+  partial_json = "content", reasoning = "content", reasoning_content = "content", thinking = "content",
+}
+local LONGEST_KEY = 17
+local CANDIDATE = ffi.new("uint8_t[?]", 256 * 32) -- by first character and length: may it be one of these keys?
+for key in pairs(KEYS) do CANDIDATE[byte(key) * 32 + #key] = 1 end
+
+-- What the numbers in a usage object count. `input` is without what Anthropic's cache read or wrote.
+local COUNTS = {
+  prompt_tokens = "prompt", promptTokenCount = "prompt", toolUsePromptTokenCount = "tool_use",
+  input_tokens = "input", cache_read_input_tokens = "cache_read", cache_creation_input_tokens = "cache_creation",
+  cached_tokens = "cached", cachedContentTokenCount = "cached", prompt_cache_hit_tokens = "cached",
+  completion_tokens = "completion", output_tokens = "completion", candidatesTokenCount = "completion",
+  reasoning_tokens = "reasoning", thoughtsTokenCount = "thoughts",
+  total_tokens = "total", totalTokenCount = "total",
+}
+local DETAILS = {
+  prompt_tokens_details = true, completion_tokens_details = true,
+  input_tokens_details = true, output_tokens_details = true,
+}
+
+local BETWEEN = ffi.new("uint8_t[256]") -- what matters between strings; a piece ends with a control character
+for c in ('"{}[]\r\n'):gmatch(".") do BETWEEN[byte(c)] = 1 end
+BETWEEN[0] = 1
+
+local MAX_TAIL = 16384 -- bytes of a usage object, if a piece ends in it
+
+-- A reader belongs to one response.
+local function new_reader()
+  return {
+    -- the place in an object, or an array of objects, at the end of a piece
+    depth = 0, -- arrays and objects that are open
+    base = 1, -- depth of the object's own members
+    look = 1, -- depth of the members that are looked at: one more in a member of the kind "inner"
+    inner = nil, -- the key of that member
+    inside = false, -- in a string whose beginning is gone
+    escaped = false, -- the next character is, too
+    measured = false, -- the string is content
+    -- what the object has
+    choices = nil, -- "some" or "none"
+    carry = nil, -- of events: a member of interest that goes on in the next line of data, as far as it is there
+    usage = nil, -- "running", "final", or "begun": without the output yet
+    silent_until = 0, -- what `content` was when it began
+    -- what the response has
+    counts = {}, -- by the names of COUNTS; some: whether the last usage object had any
+    content = 0, -- bytes
+    pieces = 0, -- objects with content
+    model = nil,
+    known = false, -- the counts include the output so far ..
+    reported = false, -- .. and all of it
+    -- of events only
+    stream = false,
+    removing = false, eol = nil, line = nil, tail = "", held = "", whole = true, -- see there
+    -- what logs and metrics were told
+    told = {},
+    due = 1, -- completion tokens of the next estimate that it is told
+  }
+end
+
+local function restart(r)
+  r.depth, r.base, r.look, r.inner = 0, 1, 1, nil
+  r.inside, r.escaped, r.measured = false, false, false
+  r.choices, r.usage, r.silent_until, r.carry = nil, nil, r.content, nil
+end
+
+-- An object has ended.
+local function finish_object(r)
+  local speaks = r.content > r.silent_until
+  if speaks then r.pieces = r.pieces + 1 end
+  if r.usage == "running" or r.usage == "final" then
+    r.known, r.reported = true, r.usage == "final" or not speaks
+  elseif speaks then
+    r.known, r.reported = false, false
+  end
+  restart(r)
+end
+
+-- p[i] is the beginning of a valid object.
+local function read_counts(s, p, i, counts)
+  i = skip_space(p, i + 1)
+  while p[i] ~= OBJECT_END do
+    local key = sub(s, i + 2, string_end(p, i + 1) - 1)
+    i = key_end(p, i)
+    local to = value_end(p, i, 0)
+    local name = COUNTS[key]
+    if name and DIGIT[p[i]] ~= 0 then
+      local count = tonumber(sub(s, i + 1, to))
+      if count < 2 ^ 53 then
+        counts[name], counts.some = math.floor(count), true
+      end
+    elseif DETAILS[key] and p[i] == OBJECT then
+      read_counts(s, p, i, counts)
+    end
+    i = skip_space(p, to)
+    if p[i] == COMMA then i = skip_space(p, i + 1) end
+  end
+end
+
+local function read_usage(r, s, p, i)
+  local counts = r.counts
+  local before = counts.completion
+  counts.some = nil
+  read_counts(s, p, i, counts)
+  if not counts.some then return end
+  r.usage = r.inner and "final" or "running"
+  if r.inner == "message" then -- Anthropic's first event; its output_tokens are those of the beginning
+    r.usage, counts.completion = "begun", before
+  end
+end
+
+-- The quote that ends the string around p[i]; or n, or n + 1 if the character at n is escaped.
+local function closing_quote(p, i, n)
+  while i < n do
+    while i <= last_four and SPECIAL[p[i]] + SPECIAL[p[i + 1]] + SPECIAL[p[i + 2]] + SPECIAL[p[i + 3]] == 0 do
+      i = i + 4
+    end
+    while SPECIAL[p[i]] == 0 do i = i + 1 end
+    if p[i] == QUOTE or i >= n then return i end
+    i = i + (p[i] == BACKSLASH and 2 or 1)
+  end
+  return i
+end
+
+-- The rest of the string around p[i], of which the beginning is gone or not of interest; n if it goes on there.
+local function finish_string(r, p, i, n)
+  local to = closing_quote(p, i, n)
+  if r.measured then r.content = r.content + math.min(to, n) - i end
+  if to < n then
+    r.inside, r.measured = false, false
+    return to + 1
+  end
+  r.inside, r.escaped = true, to > n
+  return n
+end
+
+-- A string ended before p[i]. If it is the key of a member that matters, reads or enters the value. Returns
+-- where to go on; or -1 if the piece, which ends at n, ends too early.
+local function read_member(r, s, p, from, i, n)
+  local key = sub(s, from + 2, i - 1)
+  local role = KEYS[key]
+  if not role or role ~= "content" and r.depth ~= r.look then return i end
+  local at = skip_space(p, i)
+  if p[at] ~= COLON then return at < n and i or -1 end
+  at = skip_space(p, at + 1)
+  if at >= n then return -1 end
+  local c = p[at]
+  if role == "content" then
+    if c ~= QUOTE then return at end
+    r.measured = true
+    return finish_string(r, p, at + 1, n)
+  elseif role == "choices" then
+    if c ~= ARRAY then return at end
+    local first = skip_space(p, at + 1)
+    if first >= n then return -1 end
+    r.choices = p[first] == ARRAY + 2 and "none" or "some"
+    return at
+  elseif role == "inner" then
+    if c ~= OBJECT or r.inner then return at end
+    r.inner, r.depth, r.look = key, r.depth + 1, r.look + 1
+    return at + 1
+  end
+  if role == "model" and r.model or c ~= (role == "model" and QUOTE or OBJECT) then return at end
+  local to = value_end(p, at, 0)
+  if to < 0 then return -1 - to >= n - 6 and -1 or at end -- 6: a literal or an escape may be cut
+  if role == "model" then
+    r.model = model_name(sub(s, at + 1, to))
+  else
+    read_usage(r, s, p, at)
+  end
+  return to
+end
+
+-- Reads from p[i] up to p[n], which is a control character. `more`: the text goes on behind n. Returns from where
+-- it must be read again then; n if all was read.
+local function scan(r, s, p, i, n, more)
+  if r.inside and i < n then
+    if r.escaped then i = i + 1 end
+    i = finish_string(r, p, i, n)
+  end
+  local depth, rest = r.depth, n
+  while true do
+    while BETWEEN[p[i]] == 0 do i = i + 1 end
+    if i >= n then break end
+    local c = p[i]
+    if c == QUOTE then
+      local from = i
+      i = closing_quote(p, i + 1, n) + 1
+      local length = i - from - 2
+      if length <= LONGEST_KEY and (i > n or CANDIDATE[p[from + 1] * 32 + length] ~= 0) then
+        local on = -1
+        if i <= n then
+          r.depth = depth
+          on = read_member(r, s, p, from, i, n)
+          depth = r.depth
+        end
+        if on >= 0 then
+          i = on
+        elseif n - from <= MAX_TAIL then
+          rest = from
+          if not more then r.carry = sub(s, from + 1, n) end
+          break
+        end
+      elseif i > n then
+        r.inside, r.escaped = true, i > n + 1
+      end
+    elseif c == OBJECT or c == ARRAY then
+      depth = depth + 1
+      if depth == 1 then
+        r.base = c == ARRAY and 2 or 1
+        r.look = r.base
+      end
+      i = i + 1
+    elseif c == OBJECT_END or c == ARRAY + 2 then
+      depth = depth - 1
+      if depth == r.base and r.inner then
+        r.look, r.inner = r.base, nil
+      elseif depth < 0 then
+        depth = 0
+      end
+      i = i + 1
+    else
+      i = i + 1
+    end
+  end
+  r.depth = depth
+  if not more then r.inside, r.escaped, r.measured = false, false, false end
+  return rest
+end
+
+-- JSON. s begins with what the last piece left.
+local function read_json(r, s)
+  last_four = #s - 4
+  local rest = scan(r, s, ffi.cast(BYTES, s), 0, #s, true)
+  r.tail = sub(s, rest + 1)
+end
+
+-- --------------------------------------------------------------------------------------------------
+-- Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)
+--
+-- A reader of events has, besides:
+--   removing: the usage chunk is to be taken out: {"choices": [], "usage": {...}, ...}
+--   eol:      "\n" (also for "\r\n") or "\r", what ends a line, once there was one
+--   line:     "data" or "other", if the last piece ended in the middle of a line
+--   tail:     what is to be read again with the next piece. It was passed on already
+--   held:     or it was not: it may be the beginning of the usage chunk
+--   whole:    nothing of the event at hand was passed on
+--   around:   how much longer than its content the first event with content is; and
+--   gap:      what ended it. From there on, most events are not scanned
+
+local MAX_HELD = 4096
+local DATA = "data:"
+
+local function line_end(s, i)
+  local at = find(s, "[\r\n]", i + 1)
+  if not at or at == #s and byte(s, at) == 13 then return nil end -- cannot tell yet
+  return byte(s, at) == 13 and byte(s, at + 1) ~= 10 and "\r" or "\n"
+end
+
+-- What begins at p[i]: "blank", "data", "other"; or nil if p[n] is the end of the piece and it is too early to say.
+local function line_kind(s, p, i, n, cut)
+  if n == i or n == i + 1 and p[i] == 13 then return not cut and "blank" or nil end
+  if p[i] == 100 and p[i + 1] == 97 and p[i + 2] == 116 and p[i + 3] == 97 and p[i + 4] == 58 then return "data" end
+  if cut and n - i < #DATA and sub(DATA, 1, n - i) == sub(s, i + 1, n) then return nil end
+  return "other"
+end
+
+local function is_usage_chunk(r) return r.choices == "none" and r.usage == "running" end
+
+local function may_be_usage_chunk(r)
+  return r.choices ~= "some" and r.base == 1 and r.content == r.silent_until
+end
+
+-- Where the next usage that is not null begins in s, from i on.
+local function next_usage(s, i)
+  while true do
+    local at, to = find(s, "usage", i + 1, true)
+    if not at then return math.huge end
+    local quote, colon, value, next_value = byte(s, to + 1, to + 4)
+    local null = quote == QUOTE and colon == COLON and (value == 110 or next_value == 110) -- n
+    if byte(s, at - 1) == QUOTE and not null then return at end
+    i = to
+  end
+end
+
+local MAX_GUESS = 64 -- bytes of content; an event that is longer may be another kind of event
+
+-- Skips events without usage: what else is looked for was in the events before. Returns where they end. Their
+-- content is guessed from their length and that of the first one with content.
+local function skip_events(r, s, i)
+  local usage, events, content = next_usage(s, i), 0, 0
+  while true do
+    local _, to = find(s, r.gap, i + 1, true)
+    local length = to and to - i - r.around
+    if not to or to > usage or length > MAX_GUESS then break end
+    if length > 0 then
+      events, content = events + 1, content + length
+    end
+    i = to
+  end
+  if events > 0 then
+    r.pieces, r.content, r.known, r.reported = r.pieces + events, r.content + content, false, false
+    r.silent_until = r.content
+  end
+  return i
+end
+
+-- Reads a line of data together with the member that the last line ended in.
+local function read_next_line(r, line)
+  local text = r.carry .. "\n" .. line
+  r.carry = nil
+  last_four = #text - 4
+  scan(r, text, ffi.cast(BYTES, text), 0, #text, false)
+end
+
+-- Reads a piece; s begins with what the last one left. Returns what to pass on instead, or nil: as it is.
+local function read_events(r, s)
+  local size, i = #s, 0
+  local event = r.whole and 0 or nil -- where the event at hand begins, if nothing of it was passed on
+  if r.around and event then
+    i = skip_events(r, s, 0)
+    event = i
+    if i == size and r.held == "" then return nil end
+  end
+  local p = ffi.cast(BYTES, s)
+  last_four = size - 4
+  local changed, out = r.held ~= "", ""
+  local copied = #r.tail -- up to here, s was passed on
+  local rest = size -- from here on, s is to be read again
+  r.eol = r.eol or line_end(s, 0)
+  while i < size do
+    local eol = r.eol and find(s, r.eol, i + 1, true)
+    local to = eol and eol - 1 or size
+    if not r.eol and p[size - 1] == 13 then -- may be the first half of "\r\n"
+      to = size - 1
+      rest = to
+    end
+    local kind = r.line or line_kind(s, p, i, to, not eol)
+    if kind == "data" and r.carry and not r.line and to - i <= MAX_TAIL then
+      if eol then
+        read_next_line(r, sub(s, i + #DATA + 1, to))
+        last_four = size - 4
+      else
+        rest, kind = i, nil
+      end
+    elseif kind == "data" then
+      r.carry = nil
+      local from = scan(r, s, p, r.line and i or i + #DATA, to, not eol)
+      if not eol then rest = from end
+    elseif kind == "blank" then
+      if r.removing and event and is_usage_chunk(r) then
+        out, copied, changed, r.removing = out .. sub(s, copied + 1, event), eol, true, false
+      end
+      if not r.around and event and r.content > r.silent_until then
+        r.around = eol - event - (r.content - r.silent_until)
+        r.gap = r.eol == "\n" and p[eol - 2] == 13 and "\r\n\r\n" or r.eol .. r.eol
+      end
+      finish_object(r)
+      if r.around then eol = skip_events(r, s, eol) end
+      event = eol
+    elseif not kind then
+      rest = i
+    end
+    r.line = not eol and kind or nil
+    i = eol or size
+  end
+
+  r.tail, r.held = "", ""
+  if r.removing and event and size > event and size - event <= MAX_HELD and may_be_usage_chunk(r) then
+    r.held, r.line, r.whole = sub(s, event + 1), nil, true
+    restart(r)
+    return out .. sub(s, copied + 1, event)
+  end
+  r.tail, r.whole = sub(s, rest + 1), event == size
+  return changed and out .. sub(s, copied + 1) or nil
+end
+
+-- The stream has ended. Returns what was held and is to be passed on after all.
+local function finish_events(r)
+  local held = r.held
+  if held ~= "" then
+    local eol = r.eol or "\n"
+    read_events(r, held .. eol .. eol)
+    if not r.removing then held = "" end -- it was the usage chunk
+  end
+  finish_object(r)
+  return held
+end
+
+-- --------------------------------------------------------------------------------------------------
+-- The response
+
+local TOKENS_PER_BYTE = 1 / 4 -- where nobody counted
+
+-- Returns prompt and completion tokens as far as they are known or can be guessed; nil if neither.
+local function tokens(r)
+  local counts = r.counts
+  local prompt, completion = counts.prompt, counts.completion
+  if not prompt and counts.input then
+    prompt = counts.input + (counts.cache_read or 0) + (counts.cache_creation or 0)
+  end
+  if r.stream and not r.known then
+    if r.content == 0 and not prompt then return nil end
+    completion = math.max(completion or 0, r.pieces, math.ceil(r.content * TOKENS_PER_BYTE))
+  elseif not prompt and not completion then
+    return nil
+  end
+  prompt = (prompt or math.ceil(r.request_bytes * TOKENS_PER_BYTE)) + (counts.tool_use or 0)
+  completion = (completion or 0) + (counts.thoughts or 0)
+  local reasoning = counts.reasoning
+  -- xAI counts reasoning in the total only
+  if reasoning and counts.total == prompt + completion + reasoning then completion = completion + reasoning end
+  return prompt, completion
+end
+
+local function set(state, told, key, value)
+  if value and told[key] ~= value then
+    told[key] = value
+    state:set(key, "envoy.string", type(value) == "number" and ("%d"):format(value) or value)
+  end
+end
+
+-- Tells logs and metrics. Returns the completion tokens, if there are tokens to tell of.
+local function tell(h, r)
+  local state, told, counts = h:streamInfo():filterState(), r.told, r.counts
+  local prompt, completion = tokens(r)
+  set(state, told, "llm.stream", r.stream and "true" or "false")
+  set(state, told, "llm.response_model", r.model)
+  if not prompt then return nil end
+  set(state, told, "llm.time_to_first_token", r.first and seconds(r.first - r.start))
+  set(state, told, PROMPT_STATE, prompt)
+  set(state, told, COMPLETION_STATE, completion)
+  set(state, told, "llm.total_tokens", (r.known or not r.stream) and counts.total or prompt + completion)
+  set(state, told, "llm.cached_tokens", counts.cached or counts.cache_read)
+  set(state, told, "llm.reasoning_tokens", counts.reasoning or counts.thoughts)
+  set(state, told, "llm.usage", r.reported and "reported" or "estimated")
+  r.due = completion + math.floor(completion / 8) + 1
+  return completion
+end
+
+local function read_piece(h, r, chunk, text)
+  local out = nil
+  if r.stream then
+    if r.tail ~= "" or r.held ~= "" then text = r.tail .. r.held .. text end
+    out = read_events(r, text)
+    if not r.first and r.content > 0 then r.first = tonumber(microseconds(h)) end
+  else
+    read_json(r, r.tail ~= "" and r.tail .. text or text)
+  end
+  -- If the client or the provider breaks off, nothing is called any more: what was told until then stays.
+  local completion = r.known and r.counts.completion or math.max(r.pieces, r.content * TOKENS_PER_BYTE)
+  if completion >= r.due and (r.stream or r.base == 2) or r.reported and r.told["llm.usage"] ~= "reported" then
+    tell(h, r)
+  end
+  if out then chunk:setBytes(out) end
+end
+
+local function append(chunk, text)
+  local size = chunk:length()
+  chunk:setBytes((size > 0 and chunk:getBytes(0, size) or "") .. text)
+end
+
+local function read_response(h)
+  local attempt = h:streamInfo():filterState():get(ATTEMPT_STATE)
+  if not attempt or attempt == "" then return end
+  local headers = h:headers()
+  local success = sub(headers:get(":status"), 1, 1) == "2"
+  local encoding = (headers:get("content-encoding") or "identity"):lower()
+  local r = new_reader()
+  r.stream = sub(headers:get("content-type") or "", 1, 17):lower() == "text/event-stream"
+  r.removing = r.stream and encoding == "identity" and sub(attempt, 1, 1) == ADDED
+  if r.removing then headers:remove("content-length") end
+  r.start = tonumber(match(attempt, "%d+"))
+  r.request_bytes = tonumber(h:requestHeaders():get("content-length") or 0)
+
+  local last = nil
+  for chunk in h:bodyChunks() do
+    last = chunk
+    if encoding ~= "identity" then break end
+    local size, held = chunk:length(), r.held
+    if size > 0 then
+      local text = chunk:getBytes(0, size)
+      local ok, err = pcall(read_piece, h, r, chunk, text)
+      if not ok then
+        if held ~= "" then chunk:setBytes(held .. text) end
+        error(err, 0) -- no more is read, and all passes
+      end
+    end
+  end
+  if not last then return end
+
+  local held = r.stream and finish_events(r) or ""
+  -- Behind trailers the last piece is gone. What is lost then is half an event, which a client may not use.
+  if held ~= "" then pcall(append, last, held) end
+  if not success and not next(r.counts) then return end
+  r.known = r.known or r.counts.completion ~= nil
+  r.reported = r.known or not r.stream
+  local completion = tell(h, r)
+  local state = h:streamInfo():filterState()
+  if not completion then
+    state:set("llm.usage", "envoy.string", "unknown")
+  elseif completion > 1 and r.first then
+    local time = (tonumber(microseconds(h)) - r.first) / (completion - 1)
+    state:set("llm.time_per_output_token", "envoy.string", seconds(time))
   end
 end
 
@@ -552,7 +1162,16 @@ function envoy_on_request(h)
   end
 end
 
+-- A response passes whatever happens.
+function envoy_on_response(h)
+  local ok, err = pcall(read_response, h)
+  if not ok then h:logErr("llm_provider: " .. tostring(err)) end
+end
+
 -- Traces of these functions would not pay: they consist of calls into Envoy, which LuaJIT does not compile,
 -- and it would make a new trace for each header name that it meets. The scanner is what is to be compiled.
-local interpreted = { envoy_on_request, handle, operation_of, client_path, refuse, plan_of }
-for _, f in ipairs(interpreted) do jit.off(f) end
+local interpreted = {
+  envoy_on_request, handle, operation_of, client_path, refuse, plan_of, label_of, microseconds,
+  envoy_on_response, read_response, read_piece, tell, set, append,
+}
+for _, f in ipairs(interpreted) do jit.off(f, true) end

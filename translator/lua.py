@@ -1,7 +1,8 @@
 """The Lua script of the provider clusters, and the data that tell it what to do for one provider.
 
 The script (`llm_provider.lua`) is one text for all providers. It runs as an *upstream* HTTP filter, once for
-each attempt, in front of the credential injector. What differs between providers travels in the filter's own
+each attempt, in front of the credential injector: it prepares the request, and reads the tokens that the
+response reports. What differs between providers travels in the filter's own
 configuration, `envoy.extensions.filters.http.lua.v3.Lua.filter_context`, which `filter_context` makes.
 
 JSON values travel as JSON *text* and not as numbers of a protobuf Struct, which are doubles: `0.30` and
@@ -23,6 +24,9 @@ SCRIPT = files("translator").joinpath("llm_provider.lua").read_text(encoding="ut
 SCRIPT_SHA256 = hashlib.sha256(SCRIPT.encode()).hexdigest()
 """Hexadecimal SHA-256 of the script's UTF-8 bytes, to name a file that holds it."""
 
+DEFAULT_MODELS = 100
+"""How many models that clients choose metrics show, where a filter context does not say."""
+
 CREDENTIAL_HEADER = "authorization"
 """The only header that a credential may be injected in.
 
@@ -41,14 +45,16 @@ class Member:
     `path` is one key, or two for a member of an inner object
     (`("stream_options", "include_usage")`). `value`
     is JSON text, sent as it is. With the mode `force` it replaces what the client sent; with `fill` it is
-    inserted only when the client sent nothing (an explicit `null` is something).
+    inserted only when the client sent nothing (an explicit `null` is something). `fill_stream` is `fill` for
+    requests whose `stream`, as it is sent, is true: who inserts it asks for a chunk with the usage, and takes
+    that chunk out of the answer again.
 
     Raises ValueError if `path` has neither one nor two keys, or `value` is not JSON (NaN is not).
     """
 
     path: tuple[str, ...]
     value: str
-    mode: Literal["force", "fill"]
+    mode: Literal["force", "fill", "fill_stream"]
 
     def __post_init__(self) -> None:
         if len(self.path) not in (1, 2):
@@ -68,7 +74,8 @@ class Operation:
     with None the body and its headers pass as they are, and the client's query is kept.
 
     Raises ValueError if a path does not begin with `/` or has a character that a header cannot hold, or if
-    two members contradict each other: the same path twice, or a key and a member of the same key.
+    two members contradict each other: the same path twice, a key and a member of the same key, two members
+    with the mode `fill_stream`, or one whose outer key another member has, too.
     """
 
     method: str
@@ -88,22 +95,32 @@ class Operation:
             return
         if self.method not in _BODY_METHODS:
             raise ValueError(f"{self.method} {self.suffix}: has no body to put members in")
-        paths = [member.path for member in self.members]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise ValueError(f"POST {self.suffix}: member {'.'.join(path)!r} is given twice")
-            if len(path) > 1 and path[:1] in paths:
-                raise ValueError(
-                    f"POST {self.suffix}: members {path[0]!r} and {'.'.join(path)!r} contradict each other"
-                )
+        _check_members(f"{self.method} {self.suffix}", self.members)
 
 
-def filter_context(host: str, operations: Sequence[Operation]) -> dict[str, Any]:
+def _check_members(operation: str, members: Sequence[Member]) -> None:
+    paths = [member.path for member in members]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{operation}: member {'.'.join(path)!r} is given twice")
+        if len(path) > 1 and path[:1] in paths:
+            raise ValueError(f"{operation}: members {path[0]!r} and {'.'.join(path)!r} contradict each other")
+    for_streams = [member.path[0] for member in members if member.mode == "fill_stream"]
+    if len(for_streams) > 1:
+        raise ValueError(f"{operation}: more than one fill_stream member")
+    for key in for_streams:
+        if [path[0] for path in paths].count(key) > 1:
+            raise ValueError(f"{operation}: {key!r} has a fill_stream member, and another")
+
+
+def filter_context(
+    host: str, operations: Sequence[Operation], models: int = DEFAULT_MODELS
+) -> dict[str, Any]:
     """Return the `Lua.filter_context` of a provider, as the dict form of a protobuf Struct.
 
     `host` is the `:authority` that is sent. The first of `operations` is the provider's own one, which also
-    answers POST to `/`. The `id` in the result is a hash of all the rest: under it the script keeps what it
-    made of a context.
+    answers POST to `/`. Of models that clients choose, metrics show the first `models`. The `id` in the
+    result is a hash of all the rest: under it the script keeps what it made of a context.
 
     Raises ValueError if `host` is not a header value, the first operation is not a POST, or one comes twice.
     """
@@ -117,7 +134,9 @@ def filter_context(host: str, operations: Sequence[Operation]) -> dict[str, Any]
     own = operations[0]
     prefix = own.path.removesuffix(own.suffix) if own.path.endswith(own.suffix) else ""
     listed = [_operation(operation, prefix) for operation in operations]
-    context = {"host": host, "prefix": prefix, "operations": listed}
+    context: dict[str, Any] = {"host": host, "prefix": prefix, "operations": listed}
+    if models != DEFAULT_MODELS:
+        context["models"] = models
     canonical = json.dumps(context, sort_keys=True, separators=(",", ":"))
     return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], **context}
 

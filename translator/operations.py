@@ -12,6 +12,13 @@ OPENAI_OPERATIONS = (CHAT_COMPLETIONS, "/completions", "/embeddings", "/response
 """OpenAI's JSON operations (POST) that every provider gets."""
 MODELS = "/models"
 
+STREAM_USAGE = Member(("stream_options", "include_usage"), "true", "fill_stream")
+"""Makes a provider report the usage of a stream. These operations have it; for others it is an error.
+
+https://platform.openai.com/docs/api-reference/chat/create#chat-create-stream_options
+"""
+_WITH_STREAM_USAGE = (CHAT_COMPLETIONS, "/completions")
+
 
 def operations(spec: LLMProviderSpec, config: OpenAIConfig) -> list[Operation]:
     """List a provider's operations: its own (that of ``spec.path``) first, which POST ``/`` means too.
@@ -26,19 +33,27 @@ def operations(spec: LLMProviderSpec, config: OpenAIConfig) -> list[Operation]:
     def upstream(suffix: str) -> str:
         return prefix + suffix + (f"?{query}" if query else "")
 
+    def stream_usage(suffix: str) -> tuple[Member, ...]:
+        return (STREAM_USAGE,) if suffix in _WITH_STREAM_USAGE and config.stream_usage is not False else ()
+
     others: dict[tuple[str, str], Operation] = {
-        ("POST", suffix): Operation("POST", suffix, upstream(suffix), ()) for suffix in OPENAI_OPERATIONS
+        ("POST", suffix): Operation("POST", suffix, upstream(suffix), stream_usage(suffix))
+        for suffix in OPENAI_OPERATIONS
     }
     others["GET", MODELS] = Operation("GET", MODELS, upstream(MODELS))
     for listed in spec.operations:
         key = (listed.method, listed.path)
         if listed.model is not None:
-            others[key] = Operation(*key, upstream(listed.path), tuple(_model(listed.model)))
+            members_of = (*_model(listed.model), *stream_usage(listed.path))
+            others[key] = Operation(*key, upstream(listed.path), members_of)
         else:
             # What OpenAI does not define may have any body, also multipart.
             others.setdefault(key, Operation(*key, upstream(listed.path)))
     others.pop(("POST", own), None)
-    return [Operation("POST", own, spec.path, tuple(members(config))), *others.values()]
+    configured = list(members(config))
+    if "stream_options" not in {*config.defaults, *config.overrides}:  # else the configuration decides it
+        configured += stream_usage(own)
+    return [Operation("POST", own, spec.path, tuple(configured)), *others.values()]
 
 
 def _own_suffix(stem: str) -> str:

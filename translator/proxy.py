@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+from translator.features import Feature, Version, read_version
 
 
 class ProxyType(StrEnum):
@@ -14,12 +16,21 @@ class ProxyType(StrEnum):
     ROUTER = "router"
 
 
+class WorkloadCertificate(NamedTuple):
+    """Files on Envoy's machine: a workload's certificate chain, its key, and the CAs of the mesh (PEM)."""
+
+    chain: str
+    key: str
+    root: str
+
+
 @dataclass(frozen=True, slots=True)
 class Proxy:
     """An Envoy as its configuration sees it: equal values get equal resources, so they share a snapshot.
 
     ``bind_address`` is where its own listeners are opened, ``scripts`` maps the sha256 of a Lua script to
-    the path of the file that holds it on Envoy's machine (laid down with the bootstrap).
+    the path of the file that holds it on Envoy's machine (laid down with the bootstrap). ``version`` is that
+    of an Envoy that lacks some feature, None for all others.
     """
 
     type: ProxyType
@@ -28,13 +39,18 @@ class Proxy:
     labels: frozenset[tuple[str, str]] = frozenset()
     bind_address: str = "127.0.0.1"
     scripts: frozenset[tuple[str, str]] = frozenset()
+    version: Version | None = None
+    certificate: WorkloadCertificate | None = None
 
     @classmethod
-    def from_node(cls, node_id: str, metadata: Mapping[str, Any]) -> Self:
+    def from_node(cls, node_id: str, metadata: Mapping[str, Any], version: str = "") -> Self:
         """Read an Envoy's node message.
 
         Its id has Istio's form ``<type>~<address>~<name>.<namespace>~<domain>``; ``NAMESPACE``,
-        ``WORKLOAD_NAME``, ``LABELS``, ``BIND_ADDRESS`` and ``LUA_SCRIPTS`` come from its ``metadata``.
+        ``WORKLOAD_NAME``, ``LABELS``, ``BIND_ADDRESS`` and ``LUA_SCRIPTS`` come from its ``metadata``. Its
+        ``version`` is that of its ``user_agent_build_version``, if it says one.
+        The files of its workload's certificate are in Istio's ``TLS_CLIENT_CERT_CHAIN``, ``TLS_CLIENT_KEY``
+        and ``TLS_CLIENT_ROOT_CERT``.
 
         Raises ValueError, naming the field, for a node that says no type or no namespace.
         """
@@ -61,7 +77,13 @@ class Proxy:
             labels=_pairs(metadata.get("LABELS")),
             bind_address=bind_address,
             scripts=_pairs(metadata.get("LUA_SCRIPTS")),
+            version=read_version(version),
+            certificate=_certificate(metadata),
         )
+
+    def supports(self, feature: Feature) -> bool:
+        """Whether this Envoy has a feature. One that says no version is taken to be new."""
+        return self.version is None or self.version >= feature.since
 
     def has_labels(self, labels: Mapping[str, str]) -> bool:
         """Whether this proxy's workload carries all of ``labels`` (none: every workload does)."""
@@ -70,6 +92,12 @@ class Proxy:
     def script(self, digest: str) -> str | None:
         """Path of a Lua script on this Envoy's machine, None where it is not there."""
         return dict(self.scripts).get(digest)
+
+
+def _certificate(metadata: Mapping[str, Any]) -> WorkloadCertificate | None:
+    names = ("TLS_CLIENT_CERT_CHAIN", "TLS_CLIENT_KEY", "TLS_CLIENT_ROOT_CERT")
+    files = [str(metadata.get(name) or "") for name in names]
+    return WorkloadCertificate(*files) if all(files) else None
 
 
 def _pairs(value: object) -> frozenset[tuple[str, str]]:

@@ -1,78 +1,73 @@
-"""LLMRoute -> virtual hosts: routes only choose clusters, in the order of the rules.
+"""Which hosts a proxy serves: LLMRoutes and LLMProviders -> virtual hosts.
 
-Matches and precedence follow Istio's VirtualService (asm-and-istio.md 4.5); design decisions 9 to 13.
+On a sidecar each LLMRoute of the mesh, and each LLMProvider without one. On a gateway what LLMRoutes attach
+to its Gateways, as VirtualServices do in Istio (asm-and-istio.md 4.5).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, NamedTuple
+from http import HTTPStatus
+from typing import Any, NamedTuple, Self
 
 from google.protobuf.message import Message
 
 from crds.llmprovider import LLMProvider
-from crds.llmroute import LLMBackendRef, LLMRequestMatch, LLMRoute, LLMRule, resolve_gateway
-from crds.meta import StringMatch
+from crds.llmroute import LLMRoute
 from crds.problems import ObjectKey
+from translator.backends import Backend
 from translator.clusters import Destination
-from translator.hosts import domains
+from translator.features import Feature
+from translator.gateways import Chain, intersection
+from translator.hosts import authority, domains, service_name
 from translator.memory import Memory
 from translator.proxy import Proxy
+from translator.rules import NOT_FORWARDED, Rules, Targets, applies, retry_policy, timeouts
 from translator.world import MESH, MeshSettings, World
 from xds import protos
-
-_IDLE_TIMEOUT = timedelta(hours=1)
-"""How long a stream may be silent. Envoy's defaults (15 s a request, 5 min of silence) cut LLM answers."""
-
-_BEFORE_THE_REQUEST = ("connect-failure", "refused-stream", "reset-before-request")
-"""Failures that cannot have been billed: the provider has not seen the request (design decision 12)."""
-
-_ATTEMPTS_TO_CONNECT = 6
-_CONNECT_BACK_OFF = {
-    "base_interval": timedelta(milliseconds=100),
-    "max_interval": timedelta(milliseconds=500),
-}
-"""Retries of a provider that is the only one: about a second in all. A changed cluster has only its guard
-endpoint, which refuses at once, until the provider's name is resolved again."""
-
-_FAILURES = ("connect-failure", "refused-stream", "reset", "retriable-status-codes")
-_FAILURE_STATUSES = (429, 500, 502, 503, 504)
-
-_LONGEST_RETRY_AFTER = timedelta(seconds=60)
-"""A longer pause is not waited for: Envoy then retries as if none had been asked for."""
-
-NOT_FORWARDED = (
-    "accept-encoding",
-    "api-key",
-    "authorization",
-    "cookie",
-    "forwarded",
-    "proxy-authorization",
-    "te",
-    "trailer",
-    "via",
-    "x-api-key",
-    "x-forwarded-proto",  # the connection manager's own
-    "x-goog-api-key",
-    "x-request-id",
-)
-"""Request headers that never leave towards a provider (design decision 10); the connection manager takes
-those away that begin with ``x-envoy-`` or ``x-forwarded-``, Envoy itself what is hop by hop, and the Lua
-script what an attempt added."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostRoutes:
-    """The virtual host of one LLMRoute or provider, and the destinations that it names."""
+    """The virtual host of LLMRoutes or of a provider, and the destinations that it names."""
 
     virtual_host: Message
     names: tuple[str, ...]
     """The domains of the virtual host."""
     destinations: tuple[Destination, ...]
-    object: ObjectKey
+    backends: tuple[Backend, ...]
+    objects: tuple[ObjectKey, ...]
     place: int
     """A hash of the host, 64 bits."""
+    removes: bool
+    """Whether its routes themselves remove the headers that are not forwarded."""
+    secrets: tuple[ObjectKey, ...]
+    """The Secrets that the providers among the destinations refer to."""
+
+    @classmethod
+    def of(
+        cls,
+        virtual_host: Any,
+        main: str,
+        destinations: Iterable[Destination],
+        backends: Iterable[Backend],
+        objects: Iterable[ObjectKey],
+        *,
+        removes: bool,
+    ) -> Self:
+        """Put them together; ``main`` is the name of the host that is the same for all clients."""
+        return cls(
+            virtual_host,
+            tuple(virtual_host.domains),
+            (leads_to := tuple(destinations)),
+            tuple(backends),
+            tuple(objects),
+            int.from_bytes(hashlib.sha256(main.encode()).digest()[:8]),
+            removes,
+            tuple(dict.fromkeys(key for target in leads_to for key in target.provider.secrets)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +76,12 @@ class RouteTable:
 
     name: str
     hosts: tuple[HostRoutes, ...]
+    can_be_scoped: bool
+    """Whether Envoy is new enough for scoped routes."""
     has_wildcards: bool
     """Whether a host stands for many."""
+    listener: str | None = None
+    """What tells its scopes from those of other listeners; a sidecar has only one."""
 
     @property
     def routes(self) -> Message:
@@ -90,9 +89,13 @@ class RouteTable:
         return route_configuration(self.name, self.hosts)
 
     @property
-    def destinations(self) -> tuple[Destination, ...]:
-        """What the routes lead to, in the order of first use."""
-        return tuple(dict.fromkeys(target for host in self.hosts for target in host.destinations))
+    def backends(self) -> Mapping[Backend, tuple[ObjectKey, ...]]:
+        """The Services that the routes lead to, and the LLMRoutes that name them."""
+        found: defaultdict[Backend, dict[ObjectKey, None]] = defaultdict(dict)
+        for host in self.hosts:
+            for backend in host.backends:
+                found[backend].update(dict.fromkeys(host.objects))
+        return {backend: tuple(keys) for backend, keys in found.items()}
 
 
 def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = None) -> RouteTable:
@@ -101,256 +104,246 @@ def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = N
     A domain belongs to the first that claims it: two virtual hosts with one domain would make Envoy refuse
     the whole route configuration.
     """
-    memory = memory or Memory()
-    providers = world.providers_for(proxy)
+    routes = world.routes_for(proxy)
+    maker = _Maker(world, proxy, memory or Memory(), routes)
     hosts: list[HostRoutes] = []
     taken: set[str] = set()
     wildcards: list[str] = []
-
-    def claim(host: str, namespace: str) -> _Names:
-        names = domains(host, namespace, proxy.namespace, world.mesh.cluster_domain)
-        free = tuple(name for name in names if name not in taken)
-        taken.update(free)
-        return _Names(free, names[-1].removesuffix(f".svc.{world.mesh.cluster_domain}"))
-
-    for route in world.routes_for(proxy):
-        names = claim(route.spec.host, route.namespace)
-        if not names.free:
+    for route in routes:
+        names = _Names.of(route.spec.host, route.namespace, world, proxy)
+        free = names.without(taken)
+        if not free.all:
             continue
-        if names.main.startswith("*"):
-            wildcards.append(names.main[1:])
-        hosts.append(_of_route(route, names, providers, proxy, world.mesh, memory=memory))
+        if free.main.startswith("*"):
+            wildcards.append(free.main[1:])
+        taken.update(free.all)
+        hosts.append(maker.of_route(route, free))
     # As in Istio, a route with a wildcard host comes before the providers below it.
     routed = tuple(wildcards)
-    for host, provider in sorted(providers.items()):
-        if not provider.exported_to(proxy.namespace) or host.endswith(routed):
+    for host in sorted(maker.providers):
+        made = None if host.endswith(routed) else maker.of_provider(maker.providers[host], taken)
+        if made is not None:
+            taken.update(made.names)
+            hosts.append(made)
+    return RouteTable(name, tuple(hosts), proxy.supports(Feature.SCOPED_ROUTES), bool(wildcards))
+
+
+def gateway_route_table(world: World, proxy: Proxy, chain: Chain, memory: Memory | None = None) -> RouteTable:
+    """Make the routes of a gateway's filter chain: only what LLMRoutes attach to its Gateways.
+
+    The names of a virtual host are those that server and route have in common. Routes with a name in common
+    are put together, the older first, but what takes all requests last (Istio's SortVHostRoutes). Names for
+    which TLS clients come by another chain are not served: that one may ask them for a certificate.
+    """
+    attached = [
+        (served, route)
+        for served in chain.servers
+        for route in world.routes_by_gateway.get(served.gateway.full_name, ())
+    ]
+    maker = _Maker(world, proxy, memory or Memory(), [route for _, route in attached])
+    names: dict[str, tuple[str, dict[Rules, None]]] = {}
+    redirected: set[str] = set()
+    for served, route in attached:
+        gateway = served.gateway
+        hosts = domains(route.spec.host, route.namespace, "", world.mesh.cluster_domain)
+        open_hosts = map(authority, served.server.hosts_for(route.namespace, gateway.namespace))
+        common = intersection(tuple(open_hosts), hosts)
+        if not common:
             continue
-        names = claim(host, proxy.namespace)
-        if names.free:
-            hosts.append(_of_provider(provider, names, world.mesh, memory))
-    return RouteTable(name, tuple(hosts), bool(wildcards))
+        rules = maker.rules(route, gateway.full_name)
+        for name in common:
+            names.setdefault(name, (hosts[-1] if name in hosts else name, {}))[1][rules] = None
+        if served.server.https_redirect:
+            redirected.update(common)
+    for server in (served.server for served in chain.servers if served.server.https_redirect):
+        redirected.update(server.open_names)
+        for name in server.open_names:
+            names.setdefault(name, (name, {}))
+    groups: defaultdict[tuple[str, tuple[Rules, ...], bool], list[str]] = defaultdict(list)
+    for name, (main, attached_rules) in names.items():
+        if chain.others and not chain.takes(name):
+            continue
+        by_age = sorted(attached_rules, key=lambda of: of.route.age)
+        groups[main, tuple(by_age), name in redirected].append(name)
+    made = [
+        maker.on_gateway(main, tuple(of), by_age, redirect=redirect)
+        for (main, by_age, redirect), of in groups.items()
+    ]
+    if chain.others:
+        made.append(maker.of_other_connections(chain.others))
+    has_wildcards = any(name.startswith("*") for name in names)
+    can_be_scoped = proxy.supports(Feature.SCOPED_ROUTES)
+    return RouteTable(chain.routes, tuple(made), can_be_scoped, has_wildcards, listener=chain.routes)
 
 
-def route_configuration(name: str, hosts: Iterable[HostRoutes]) -> Message:
+def route_configuration(name: str, hosts: Sequence[HostRoutes]) -> Message:
     """Make a route configuration of these hosts."""
-    # The headers are on the route configuration and not on each host: bytes on the wire.
+    # The headers are on the route configuration and not on each route, where they can be: bytes on the wire.
+    removes = any(host.removes for host in hosts)
     return protos.RouteConfiguration(
         name=name,
         virtual_hosts=[host.virtual_host for host in hosts],
-        request_headers_to_remove=NOT_FORWARDED,
+        request_headers_to_remove=() if removes else NOT_FORWARDED,
     )
 
 
 class _Names(NamedTuple):
     """The names of a host."""
 
-    free: tuple[str, ...]
-    """Those that no other object has."""
+    all: tuple[str, ...]
     main: str
-    """The one that is the same for all clients, whichever of them were free."""
+    """The one that is the same for all clients, whichever others there are."""
+
+    @classmethod
+    def of(cls, host: str, namespace: str, world: World, proxy: Proxy) -> Self:
+        """Return all names by which a client beside a proxy may call a host of an object's namespace."""
+        names = domains(host, namespace, proxy.namespace, world.mesh.cluster_domain)
+        return cls(tuple(names), names[-1].removesuffix(f".svc.{world.mesh.cluster_domain}"))
+
+    def without(self, taken: AbstractSet[str]) -> "_Names":
+        """Return those that no other object has."""
+        return self._replace(all=tuple(name for name in self.all if name not in taken))
 
 
-def _of_route(
-    route: LLMRoute,
-    names: _Names,
-    providers: Mapping[str, LLMProvider],
-    proxy: Proxy,
-    mesh: MeshSettings,
-    *,
-    memory: Memory,
-) -> HostRoutes:
-    refs = [ref.provider_host for rule in route.spec.rules for ref in rule.backend_refs]
-    usable = {
-        host: provider
-        for host in dict.fromkeys(refs)
-        if host and (provider := providers.get(host)) and provider.exported_to(route.namespace)
-    }
+class _Circumstances(NamedTuple):
+    """All that the routes of an LLMRoute depend on, besides the object itself."""
 
-    def make() -> HostRoutes:
-        destinations: dict[Destination, None] = {}
-        rules = list(_routes(route, usable, proxy, destinations))
-        return _host_routes(route, names, rules, destinations, mesh)
-
-    applying = tuple(
-        _applies(match, route.namespace, proxy) for rule in route.spec.rules for match in rule.matches
-    )
-    key = (id(route), names, tuple(map(id, usable.values())), tuple(usable), applying, id(mesh))
-    return memory.recall(key, (route, usable, mesh), make)
+    key: tuple[Hashable, ...]
+    targets: Targets
+    applying: tuple[bool, ...]
+    mesh: MeshSettings
 
 
-def _of_provider(provider: LLMProvider, names: _Names, mesh: MeshSettings, memory: Memory) -> HostRoutes:
-    def make() -> HostRoutes:
+class _Maker:
+    """Makes the virtual hosts of one route configuration."""
+
+    def __init__(self, world: World, proxy: Proxy, memory: Memory, routes: Sequence[LLMRoute]) -> None:
+        self.providers = world.providers_for(proxy)
+        self._world = world
+        self._proxy = proxy
+        self._memory = memory
+        # A Service gets the headers that a provider does not get, such as those that a gateway checks.
+        self._removes = any(route.has_backends for route in routes)
+        self._for_all = memory.part("hosts of providers", self._removes, world.mesh)
+        self._for_namespace = memory.part("hosts of providers", self._removes, world.mesh, proxy.namespace)
+
+    def rules(self, route: LLMRoute, gateway: str = MESH) -> Rules:
+        """Make the routes of an LLMRoute for requests that come in by a gateway."""
+        circumstances = self._circumstances(route, gateway)
+        key = ("rules", id(route), *circumstances.key)
+        return self._memory.recall(key, (route, circumstances), lambda: self._rules(route, circumstances))
+
+    def of_route(self, route: LLMRoute, names: _Names) -> HostRoutes:
+        """Make the virtual host of an LLMRoute."""
+        circumstances = self._circumstances(route, MESH)
+
+        def make() -> HostRoutes:
+            rules = self._rules(route, circumstances)
+            made = self._virtual_host(route.spec.host, names.all, rules.routes)
+            return HostRoutes.of(
+                made, names.main, rules.destinations, rules.backends, (route.key,), removes=self._removes
+            )
+
+        return self._memory.recall((id(route), names, *circumstances.key), (route, circumstances), make)
+
+    def _circumstances(self, route: LLMRoute, gateway: str) -> "_Circumstances":
+        targets = Targets.of(self._world, route, self.providers, self._proxy)
+        applying = applies(route, self._proxy, gateway)
+        mesh = self._world.mesh
+        key = (targets.identity, applying, self._proxy.version, self._removes, id(mesh))
+        return _Circumstances(key, targets, applying, mesh)
+
+    def _rules(self, route: LLMRoute, circumstances: "_Circumstances") -> Rules:
+        return Rules.of(
+            route,
+            circumstances.targets,
+            circumstances.applying,
+            self._proxy,
+            cluster_domain=circumstances.mesh.cluster_domain,
+            removes=self._removes,
+        )
+
+    def of_provider(self, provider: LLMProvider, taken: AbstractSet[str]) -> HostRoutes | None:
+        """Make the virtual host of a provider without a route, with the names that are not taken.
+
+        None if there is no such name, or if the provider is not exported to the proxy's namespace.
+        """
+        # Nearly all providers are the same for all proxies: then this is all that a provider costs.
+        made = self._for_all.recall(id(provider), provider, lambda: self._made_for_all(provider))
+        if made is None:
+            made = self._for_namespace.recall(id(provider), provider, lambda: self._made_here(provider))
+        if made is None or taken.isdisjoint(made.names):
+            return made
+        names = self._names(provider).without(taken)
+        key = (id(provider), names)
+        return self._for_all.recall(key, provider, lambda: self._made(provider, names)) if names.all else None
+
+    def _names(self, provider: LLMProvider) -> _Names:
+        return _Names.of(provider.spec.host, self._proxy.namespace, self._world, self._proxy)
+
+    def _made_for_all(self, provider: LLMProvider) -> HostRoutes | None:
+        """Make what is the same for proxies of all namespaces, or None where these count."""
+        domain = self._world.mesh.cluster_domain
+        is_service = service_name(provider.spec.host, self._proxy.namespace, domain) is not None
+        if is_service or not provider.is_exported_to_all:
+            return None
+        return self._made(provider, self._names(provider))
+
+    def _made_here(self, provider: LLMProvider) -> HostRoutes | None:
+        if not provider.exported_to(self._proxy.namespace):
+            return None
+        return self._made(provider, self._names(provider))
+
+    def _made(self, provider: LLMProvider, names: _Names) -> HostRoutes:
         target = Destination.of(provider)
         action = {
             "cluster": target.cluster_name,
-            **_timeouts(None),
-            "retry_policy": _retry_policy(None, []),
+            **timeouts(None),
+            "retry_policy": retry_policy(None, []),
         }
-        routes = [protos.Route(name="default", match={"prefix": "/"}, route=action)]
-        return _host_routes(provider, names, routes, [target], mesh)
+        route = protos.Route(
+            name="default",
+            match={"prefix": "/"},
+            route=action,
+            request_headers_to_remove=NOT_FORWARDED if self._removes else (),
+        )
+        made = self._virtual_host(provider.spec.host, names.all, [route])
+        return HostRoutes.of(made, names.main, (target,), (), (provider.key,), removes=self._removes)
 
-    return memory.recall((id(provider), names, id(mesh)), (provider, mesh), make)
+    def on_gateway(
+        self, main: str, names: tuple[str, ...], rules: tuple[Rules, ...], *, redirect: bool
+    ) -> HostRoutes:
+        """Make the virtual host of the LLMRoutes that share some names."""
+        mesh = self._world.mesh
 
+        def make() -> HostRoutes:
+            routes: list[Any] = [route for of in rules for route in of.routes]
+            routes.sort(key=lambda route: not route.match.headers)
+            made = self._virtual_host(names[0], names, routes, require_tls="ALL" if redirect else "NONE")
+            return HostRoutes.of(
+                made,
+                main,
+                dict.fromkeys(target for of in rules for target in of.destinations),
+                dict.fromkeys(target for of in rules for target in of.backends),
+                (of.route.key for of in rules),
+                removes=self._removes,
+            )
 
-def _host_routes(
-    item: LLMRoute | LLMProvider,
-    names: _Names,
-    routes: Sequence[Message],
-    destinations: Iterable[Destination],
-    mesh: MeshSettings,
-) -> HostRoutes:
-    made = protos.VirtualHost(
-        name=item.spec.host,
-        domains=names.free,
-        routes=routes,
-        request_body_buffer_limit={"value": mesh.max_request_bytes},
-    )
-    place = int.from_bytes(hashlib.sha256(names.main.encode()).digest()[:8])
-    return HostRoutes(made, names.free, tuple(destinations), item.key, place)
+        key = ("host", main, names, tuple(map(id, rules)), redirect, id(mesh))
+        return self._memory.recall(key, (rules, mesh), make)
 
+    def of_other_connections(self, names: tuple[str, ...]) -> HostRoutes:
+        """Make the virtual host of names that are served on connections for other TLS server names only."""
+        refusal = protos.Route(
+            match={"prefix": "/"}, direct_response={"status": HTTPStatus.MISDIRECTED_REQUEST}
+        )
+        made = self._virtual_host("misdirected", names, [refusal])
+        return HostRoutes.of(made, names[0], (), (), (), removes=self._removes)
 
-def _routes(
-    route: LLMRoute,
-    providers: Mapping[str, LLMProvider],
-    proxy: Proxy,
-    destinations: dict[Destination, None],
-) -> Iterator[Message]:
-    """Rules in their order, a route for each match; nothing comes after the first rule that takes all."""
-    for index, rule in enumerate(route.spec.rules):
-        matches = [m for m in rule.matches if _applies(m, route.namespace, proxy)]
-        if rule.matches and not matches:
-            continue
-        action = _action(rule, providers, destinations)
-        name = rule.name or f"rule-{index}"
-        catch_all = False
-        for match in matches or [LLMRequestMatch()]:
-            headers = [_header_matcher(header, value) for header, value in match.headers.items()]
-            yield protos.Route(name=name, match={"prefix": "/", "headers": headers}, **action)
-            catch_all = catch_all or not headers
-        if catch_all:
-            return
-
-
-def _applies(match: LLMRequestMatch, namespace: str, proxy: Proxy) -> bool:
-    """Whether a match can be true on this sidecar: what Envoy does not know is decided here."""
-    on_mesh = not match.gateways or MESH in {resolve_gateway(name, namespace) for name in match.gateways}
-    return on_mesh and proxy.has_labels(match.source_labels)
-
-
-def _header_matcher(name: str, match: StringMatch) -> Message:
-    """Istio's StringMatch; an empty one and the regex ``*`` ask for presence only."""
-    if match.is_present:
-        return protos.HeaderMatcher(name=name, present_match=True)
-    if match.exact is not None:
-        return protos.HeaderMatcher(name=name, string_match={"exact": match.exact})
-    if match.prefix is not None:
-        return protos.HeaderMatcher(name=name, string_match={"prefix": match.prefix})
-    return protos.HeaderMatcher(name=name, string_match={"safe_regex": {"regex": match.regex}})
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """One backendRef of a rule: its cluster and its part of the requests."""
-
-    cluster: str
-    weight: int
-    known: bool
-
-
-def _action(
-    rule: LLMRule, providers: Mapping[str, LLMProvider], destinations: dict[Destination, None]
-) -> dict[str, Any]:
-    """Choose the clusters of a rule."""
-    groups = [
-        [_share(rule, ref, weight, providers, destinations) for ref, weight in group]
-        for group in rule.priority_groups()
-    ]
-    if len(groups) > 1:
-        # With an order, a provider that is not there is one that fails: the next group takes its part.
-        known = [[share for share in group if share.known] for group in groups]
-        groups = [group for group in known if group] or groups[:1]
-    action: dict[str, Any] = {**_timeouts(rule), "retry_policy": _retry_policy(rule, groups)}
-    if len(groups) > 1:
-        action["inline_cluster_specifier_plugin"] = _priority_groups(groups)
-    elif len(groups[0]) > 1:
-        clusters = [{"name": share.cluster, "weight": {"value": share.weight}} for share in groups[0]]
-        action["weighted_clusters"] = {"clusters": clusters}
-    else:
-        action["cluster"] = groups[0][0].cluster
-    return {"route": action}
-
-
-def _share(
-    rule: LLMRule,
-    ref: LLMBackendRef,
-    weight: int,
-    providers: Mapping[str, LLMProvider],
-    destinations: dict[Destination, None],
-) -> _Share:
-    """Refer to a provider; one that is not there is a cluster that is not there: a 503 for its share."""
-    provider = providers.get(ref.provider_host) if ref.provider_host else None
-    if provider is None:
-        return _Share(f"missing|{_reference(ref)}", weight, known=False)
-    target = Destination.of(provider, rule.name, ref.host_rewrite)
-    destinations[target] = None
-    return _Share(target.cluster_name, weight, known=True)
-
-
-def _reference(ref: LLMBackendRef) -> str:
-    backend = ref.backend_ref
-    return f"{backend.kind} {backend.name}" if backend else str(ref.provider_host)
-
-
-def _priority_groups(groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
-    """Ordered fallback: each attempt takes the next group."""
-    specifier = protos.PriorityGroupClusterSpecifier(
-        priority_groups=[
-            {
-                "name": f"priority-{priority}",
-                "clusters": [
-                    {"cluster_name": share.cluster, "weight": {"value": share.weight}} for share in shares
-                ],
-            }
-            for priority, shares in enumerate(groups)
-        ]
-    )
-    return {"extension": {"name": "priority_group", "typed_config": protos.pack(specifier)}}
-
-
-def _timeouts(rule: LLMRule | None) -> dict[str, Any]:
-    timeout = rule.timeout if rule and rule.timeout else timedelta()
-    return {"timeout": timeout, "idle_timeout": _IDLE_TIMEOUT}
-
-
-def _retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
-    """Say what moves a request on to the next provider.
-
-    Without ``retries`` and ``priority`` only what happened before the request was sent: a retry of anything
-    else can bill twice (design decision 12).
-    """
-    retries = rule.retries if rule else None
-    others = max([1, len(groups), *map(len, groups)]) - 1
-    policies: Sequence[str] = _BEFORE_THE_REQUEST
-    statuses: Sequence[int] = ()
-    if retries or len(groups) > 1:
-        policies, statuses = _FAILURES, _FAILURE_STATUSES
-    if retries and retries.retry_on:
-        policies, statuses = retries.policies, retries.status_codes
-    policy: dict[str, Any] = {
-        "retry_on": ",".join(policies),
-        "retriable_status_codes": statuses,
-        "num_retries": {"value": retries.attempts if retries else others or _ATTEMPTS_TO_CONNECT},
-        # Pick the cluster anew, so that the next attempt is the next provider's.
-        "refresh_cluster_on_retry": True,
-    }
-    if not retries and not others:
-        policy["retry_back_off"] = _CONNECT_BACK_OFF
-    if retries and retries.per_try_timeout:
-        policy["per_try_timeout"] = retries.per_try_timeout
-    if retries and not others:
-        # The only provider said when to come back; where there is another one, nobody waits.
-        policy["rate_limited_retry_back_off"] = {
-            "reset_headers": [{"name": "retry-after", "format": "SECONDS"}],
-            "max_interval": _LONGEST_RETRY_AFTER,
-        }
-    return policy
+    def _virtual_host(
+        self, name: str, names: Sequence[str], routes: Sequence[Message], **more: Any
+    ) -> Message:
+        limit = {"value": self._world.mesh.max_request_bytes}
+        return protos.VirtualHost(
+            name=name, domains=names, routes=routes, request_body_buffer_limit=limit, **more
+        )

@@ -9,6 +9,10 @@ name of a host a scope (SRDS) that says in which bucket it is.
   makes the buckets the same for all replicas and after a restart.
 * A scope's key is compared letter by letter and has no wildcards. The listener turns hosts into lower case;
   a proxy with a wildcard host keeps one route configuration.
+* Before 1.40, Envoy answers 404 while a listener changes its form, and before 1.38 it never asks for scopes
+  then: such a proxy keeps one route configuration.
+* All listeners of a proxy see all scopes (SRDS has no names to ask for). Those of a gateway differ in what
+  they serve, so a header that a gateway's listener sets is the other half of its scopes' keys.
 * A listener that changes its form drains connections, on which requests are still answered by the other
   form. So around the threshold a proxy is given both forms, of which it asks for what it uses.
 """
@@ -18,9 +22,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from translator.memory import Memory
+from translator.parts import Collection, Part
 from translator.routes import HostRoutes, RouteTable, route_configuration
 from xds import protos
 from xds.resources import Resource
+
+LISTENER_HEADER = "x-envoy-llmplane-routes"
+"""What a gateway's listener tells its scopes apart by: the name of its routes. Clients cannot set it."""
 
 THRESHOLD = 1000
 """Virtual hosts of a proxy above which its routes are scoped: a change of one route configuration with so
@@ -35,7 +43,7 @@ BUCKETS = 1024
 
 def is_scoped(table: RouteTable) -> bool:
     """Whether the listener of a proxy shall use scoped routes."""
-    return len(table.hosts) > THRESHOLD and not table.has_wildcards
+    return len(table.hosts) > THRESHOLD and table.can_be_scoped and not table.has_wildcards
 
 
 def needs_one(table: RouteTable) -> bool:
@@ -45,34 +53,51 @@ def needs_one(table: RouteTable) -> bool:
 
 def needs_scopes(table: RouteTable) -> bool:
     """Whether the proxy is given its routes as scopes and buckets."""
-    return len(table.hosts) > THRESHOLD - MARGIN
+    return len(table.hosts) > THRESHOLD - MARGIN and table.can_be_scoped
 
 
-def scoped_routes(table: RouteTable, memory: Memory) -> Iterator[tuple[Resource, Sequence[HostRoutes]]]:
-    """Make the scopes and the buckets of a proxy's routes, each with the hosts that are in it."""
+def one_configuration(table: RouteTable, memory: Memory) -> Part:
+    """Make the one route configuration of a proxy's routes."""
+    return memory.recall((table.name, table.hosts), None, lambda: _configuration(table.name, table.hosts))
+
+
+def scoped_routes(table: RouteTable, memory: Memory) -> Iterator[Part]:
+    """Make the scopes and the buckets of a proxy's routes, a part for each bucket."""
     for name, hosts in _buckets(table):
-        routes, scopes = memory.recall((name, *map(id, hosts)), hosts, partial(_bucket, name, hosts))
-        yield routes, hosts
-        for host, resources in zip(hosts, scopes, strict=True):
-            for resource in resources:
-                yield resource, (host,)
+        make = partial(_bucket, name, hosts, table.listener)
+        yield memory.recall((name, table.listener, hosts), None, make)
 
 
-def _bucket(name: str, hosts: Sequence[HostRoutes]) -> tuple[Resource, list[list[Resource]]]:
-    return (
-        Resource.of(route_configuration(name, hosts)),
-        [[_scope(domain, name) for domain in host.names if not domain.startswith("*")] for host in hosts],
+def _configuration(name: str, hosts: Sequence[HostRoutes]) -> Part:
+    found = Collection()
+    found.add(Resource.of(route_configuration(name, hosts)), *(key for host in hosts for key in host.objects))
+    return found.part()
+
+
+def _bucket(name: str, hosts: Sequence[HostRoutes], listener: str | None) -> Part:
+    found = Collection()
+    found.add(Resource.of(route_configuration(name, hosts)), *(key for host in hosts for key in host.objects))
+    for host in hosts:
+        for domain in host.names:
+            if not domain.startswith("*"):
+                found.add(_scope(domain, name, listener), *host.objects)
+    return found.part()
+
+
+def _scope(host: str, bucket: str, listener: str | None) -> Resource:
+    keys = [host, listener] if listener else [host]
+    return Resource.of(
+        protos.ScopedRouteConfiguration(
+            name="/".join(reversed(keys)),
+            route_configuration_name=bucket,
+            key={"fragments": [{"string_key": key} for key in keys]},
+        )
     )
 
 
-def _scope(host: str, bucket: str) -> Resource:
-    key = {"fragments": [{"string_key": host}]}
-    return Resource.of(protos.ScopedRouteConfiguration(name=host, route_configuration_name=bucket, key=key))
-
-
-def _buckets(table: RouteTable) -> Iterator[tuple[str, Sequence[HostRoutes]]]:
+def _buckets(table: RouteTable) -> Iterator[tuple[str, tuple[HostRoutes, ...]]]:
     buckets: defaultdict[int, list[HostRoutes]] = defaultdict(list)
     for host in table.hosts:
         buckets[host.place % BUCKETS].append(host)
     for number, hosts in sorted(buckets.items()):
-        yield f"{table.name}/{number}", hosts
+        yield f"{table.name}/{number}", tuple(hosts)

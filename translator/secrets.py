@@ -1,5 +1,11 @@
 """API keys and certificates, by SDS: Envoy redacts them in its config dump, and rotates them at once."""
 
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from crds.llmprovider import LLMProvider, check_api_key
 from crds.problems import ObjectKey
 from translator.world import World
@@ -8,6 +14,13 @@ from xds.resources import Resource
 
 ROOT_CA = "ROOTCA"
 """Istio's name of the trust roots; sent once a proxy."""
+
+BEARER = "Bearer "
+"""What stands in front of a key in its header."""
+
+
+CA_SUFFIX = "-cacert"
+"""Istio's ending of the names of Secrets that hold CAs."""
 
 
 class MissingSecretError(LookupError):
@@ -66,6 +79,18 @@ def root_ca(world: World) -> Resource:
     )
 
 
+def lacks_a_secret(world: World, provider: LLMProvider, rule: str | None) -> bool:
+    """Whether a key or the certificate of a provider's configuration is not there."""
+    try:
+        if api_key_name(provider, rule) is not None:
+            api_key(world, provider, rule)
+        if provider.spec.tls.credential_name is not None:
+            client_certificate(world, provider)
+    except MissingSecretError:
+        return True
+    return False
+
+
 def current_api_key(world: World, provider: LLMProvider, rule: str | None) -> tuple[str, bool]:
     """Return the key to send, and whether Envoys that have another one keep it (it is not known here)."""
     if provider.key in world.held:
@@ -76,12 +101,14 @@ def current_api_key(world: World, provider: LLMProvider, rule: str | None) -> tu
         return "", world.incomplete
 
 
-def api_key_resource(name: str, key: str, *, held: bool) -> Resource:
+def api_key_resource(name: str, key: str, *, held: bool, has_prefix: bool = False) -> Resource:
     """Make the SDS secret of a key. An empty one makes Envoy answer 401 at once.
 
+    ``has_prefix``: it is the whole value of its header, for an Envoy that adds nothing to it.
     Without any answer all listeners would wait 15 s at the start (envoy-facts.md part 1, section 4).
     """
-    secret = protos.Secret(name=name, generic_secret={"secret": {"inline_string": key}})
+    value = BEARER + key if key and has_prefix else key
+    secret = protos.Secret(name=name, generic_secret={"secret": {"inline_string": value}})
     return Resource.of(secret, held=held)
 
 
@@ -91,11 +118,54 @@ def client_certificate_name(provider: LLMProvider) -> str:
 
 
 def client_certificate(world: World, provider: LLMProvider) -> Resource:
-    """Make the client certificate of ``tls.credentialName``, a Secret of Kubernetes' type ``tls``.
+    """Make the client certificate of ``tls.credentialName``.
 
     Raises MissingSecretError where the Secret or one of its two parts is not there.
     """
-    name = str(provider.spec.tls.credential_name)
-    chain, key = (_value(world, provider.namespace, name, part) for part in ("tls.crt", "tls.key"))
+    return server_certificate(world, provider.namespace, str(provider.spec.tls.credential_name))
+
+
+def server_certificate(world: World, namespace: str, name: str) -> Resource:
+    """Make the certificate of a Secret of Kubernetes' type ``tls``, or with Istio's names of the parts.
+
+    Raises MissingSecretError where the Secret or one of its two parts is not there or cannot be used: Envoy
+    would refuse it, and a listener would wait for another one.
+    """
+    names = _present(world, namespace, name, ("cert", "key")) or ("tls.crt", "tls.key")
+    chain, key = (_value(world, namespace, name, part) for part in names)
+    try:
+        certificates = x509.load_pem_x509_certificates(chain)
+        private_key = load_pem_private_key(key, password=None, unsafe_skip_rsa_key_validation=True)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        text = f"Secret {namespace}/{name}: {' and '.join(names)} are not a certificate and its key in PEM"
+        raise MissingSecretError(text) from None
+    if certificates[0].public_key() != private_key.public_key():
+        raise MissingSecretError(f"Secret {namespace}/{name}: {names[1]} is not the key of {names[0]}")
     certificate = {"certificate_chain": {"inline_bytes": chain}, "private_key": {"inline_bytes": key}}
-    return Resource.of(protos.Secret(name=client_certificate_name(provider), tls_certificate=certificate))
+    return Resource.of(protos.Secret(name=f"kubernetes://{namespace}/{name}", tls_certificate=certificate))
+
+
+def client_ca(world: World, namespace: str, name: str) -> Resource:
+    """Make the CAs of clients: of the Secret ``<name>-cacert`` or, without it, of the one with this name.
+
+    Raises MissingSecretError as `server_certificate` does.
+    """
+    own = ObjectKey("Secret", namespace, f"{name}{CA_SUFFIX}")
+    secret = own.name if own in world.secrets else name
+    (part,) = _present(world, namespace, secret, ("cacert",)) or ("ca.crt",)
+    ca = _value(world, namespace, secret, part)
+    try:
+        x509.load_pem_x509_certificates(ca)
+    except ValueError:
+        raise MissingSecretError(f"Secret {namespace}/{secret}: {part} is no certificate in PEM") from None
+    validation: dict[str, Any] = {"trusted_ca": {"inline_bytes": ca}}
+    for crl in _present(world, namespace, secret, ("ca.crl",)) or ():
+        validation["crl"] = {"inline_bytes": _value(world, namespace, secret, crl)}
+    made = protos.Secret(name=f"kubernetes://{namespace}/{name}{CA_SUFFIX}", validation_context=validation)
+    return Resource.of(made)
+
+
+def _present(world: World, namespace: str, name: str, parts: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return these parts if a Secret has them all."""
+    secret = world.secrets.get(ObjectKey("Secret", namespace, name))
+    return parts if secret is not None and set(parts) <= set(secret.keys) else None

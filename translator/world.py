@@ -1,35 +1,56 @@
 """The objects that the translator works on, and who may see which of them (design decisions 6 and 7)."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Self
+from typing import Protocol, Self, TypeVar, cast
 
-from crds.core import Secret
+from crds.apikeyauthentication import APIKeyAuthentication
+from crds.authorizationpolicy import AuthorizationPolicy
+from crds.core import Secret, Service
+from crds.gateway import Gateway
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
+from crds.meshconfig import MeshConfig
 from crds.meta import BaseObject
 from crds.problems import ObjectKey
+from crds.requestauthentication import RequestAuthentication
+from crds.selection import LabelSelectingSpec
+from crds.telemetry import Telemetry
+from crds.unreadable import UnreadablePolicy
 from translator.proxy import Proxy, ProxyType
+
+_K = TypeVar("_K", bound=BaseObject)
+
+
+class _Policy(Protocol):
+    """An object that is for the workloads that it selects."""
+
+    @property
+    def spec(self) -> LabelSelectingSpec: ...
+
+
+_P = TypeVar("_P", bound=_Policy)
 
 MESH = "mesh"
 """Istio's reserved gateway name: the sidecars."""
+
+_AGE = attrgetter("age")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeshSettings:
     """What holds for the whole mesh.
 
-    ``trusted_ca`` is the PEM bundle that providers' certificates are checked against; ``connect_to`` maps
-    (host, port) to the (address, port) to connect to instead, as curl's option of that name does;
-    ``max_request_bytes`` bounds the body of an LLM request.
+    ``config`` is what users write, ``trusted_ca`` the PEM bundle that providers' certificates are checked
+    against; ``connect_to`` maps (host, port) to the (address, port) to connect to instead, as curl's option
+    of that name does; ``max_request_bytes`` bounds the body of an LLM request.
     """
 
-    root_namespace: str = "istio-system"
-    proxy_http_port: int = 15080
-    connect_timeout: timedelta = timedelta(seconds=10)
+    config: MeshConfig = field(default_factory=MeshConfig)
     cluster_domain: str = "cluster.local"
     trusted_ca: bytes = b""
     connect_to: Mapping[tuple[str, int], tuple[str, int]] = field(
@@ -45,7 +66,15 @@ class World:
     mesh: MeshSettings = field(default_factory=MeshSettings)
     providers: Mapping[str, tuple[LLMProvider, ...]] = field(default_factory=dict)
     routes: Mapping[str, tuple[LLMRoute, ...]] = field(default_factory=dict)
+    gateways: Mapping[str, tuple[Gateway, ...]] = field(default_factory=dict)
+    authorization_policies: Mapping[str, tuple[AuthorizationPolicy, ...]] = field(default_factory=dict)
+    request_authentications: Mapping[str, tuple[RequestAuthentication, ...]] = field(default_factory=dict)
+    api_key_authentications: Mapping[str, tuple[APIKeyAuthentication, ...]] = field(default_factory=dict)
+    telemetries: Mapping[str, tuple[Telemetry, ...]] = field(default_factory=dict)
+    unreadable: tuple[UnreadablePolicy, ...] = ()
+    """Security policies that cannot be read, and deny all to those they are for."""
     secrets: Mapping[ObjectKey, Secret] = field(default_factory=dict)
+    services: Mapping[ObjectKey, Service] = field(default_factory=dict)
     held: frozenset[ObjectKey] = frozenset()
     """Providers whose key is not known at the moment: Envoys that have it keep it."""
     incomplete: bool = False
@@ -59,24 +88,34 @@ class World:
         *,
         held: Iterable[ObjectKey] = (),
         incomplete: bool = False,
+        unreadable: Iterable[UnreadablePolicy] = (),
     ) -> Self:
         """Index objects, in whatever order they come; kinds that nothing is made of are left out."""
-        providers: defaultdict[str, list[LLMProvider]] = defaultdict(list)
-        routes: defaultdict[str, list[LLMRoute]] = defaultdict(list)
-        secrets: dict[ObjectKey, Secret] = {}
+        kinds: defaultdict[type[BaseObject], list[BaseObject]] = defaultdict(list)
         for item in objects:
-            match item:
-                case LLMProvider():
-                    providers[item.metadata.namespace].append(item)
-                case LLMRoute():
-                    routes[item.metadata.namespace].append(item)
-                case Secret():
-                    secrets[item.key] = item
+            kinds[type(item)].append(item)
+
+        def by_namespace(kind: type[_K]) -> Mapping[str, tuple[_K, ...]]:
+            found: defaultdict[str, list[_K]] = defaultdict(list)
+            for item in sorted(kinds[kind], key=_AGE):
+                found[item.namespace].append(cast("_K", item))
+            return {namespace: tuple(of) for namespace, of in found.items()}
+
+        def by_key(kind: type[_K]) -> Mapping[ObjectKey, _K]:
+            return {item.key: cast("_K", item) for item in kinds[kind]}
+
         return cls(
             mesh=mesh or MeshSettings(),
-            providers={namespace: tuple(sorted(of, key=_age)) for namespace, of in providers.items()},
-            routes={namespace: tuple(sorted(of, key=_age)) for namespace, of in routes.items()},
-            secrets=secrets,
+            providers=by_namespace(LLMProvider),
+            routes=by_namespace(LLMRoute),
+            gateways=by_namespace(Gateway),
+            authorization_policies=by_namespace(AuthorizationPolicy),
+            request_authentications=by_namespace(RequestAuthentication),
+            api_key_authentications=by_namespace(APIKeyAuthentication),
+            telemetries=by_namespace(Telemetry),
+            unreadable=tuple(unreadable),
+            secrets=by_key(Secret),
+            services=by_key(Service),
             held=frozenset(held),
             incomplete=incomplete,
         )
@@ -89,11 +128,50 @@ class World:
         root, selector before none, then the older, then the name.
         """
         found: dict[str, LLMProvider] = {}
-        for namespace in dict.fromkeys((proxy.namespace, self.mesh.root_namespace)):
-            selecting = [p for p in self.providers.get(namespace, ()) if proxy.has_labels(selector_labels(p))]
-            for provider in sorted(selecting, key=lambda p: not selector_labels(p)):
-                found.setdefault(provider.spec.host, provider)
+        # From the least to the most specific.
+        for namespace in dict.fromkeys((self.mesh.config.root_namespace, proxy.namespace)):
+            for_all, for_some = self._providers.get(namespace, ({}, ()))
+            found |= for_all
+            found |= {p.spec.host: p for p in reversed(for_some) if proxy.has_labels(selector_labels(p))}
         return found
+
+    @cached_property
+    def _providers(self) -> Mapping[str, tuple[Mapping[str, LLMProvider], Sequence[LLMProvider]]]:
+        """For each namespace, who has a host for every workload, and those that select theirs."""
+        found: dict[str, tuple[dict[str, LLMProvider], list[LLMProvider]]] = {}
+        for namespace, providers in self.providers.items():
+            for_all, for_some = found[namespace] = {}, []
+            for provider in providers:
+                if selector_labels(provider):
+                    for_some.append(provider)
+                else:
+                    for_all.setdefault(provider.spec.host, provider)
+        return found
+
+    @cached_property
+    def providers_by_host(self) -> Mapping[str, Mapping[str, Sequence[LLMProvider]]]:
+        """The providers of each namespace by their hosts, oldest first."""
+        found: dict[str, defaultdict[str, list[LLMProvider]]] = {}
+        for namespace, providers in self.providers.items():
+            by_host = found[namespace] = defaultdict(list)
+            for provider in providers:
+                by_host[provider.spec.host].append(provider)
+        return found
+
+    def policies_for(self, proxy: Proxy, policies: Mapping[str, tuple[_P, ...]]) -> list[_P]:
+        """Return the security policies of a gateway: its own namespace's, then the root's, the older first.
+
+        A sidecar has none: they are for what comes in, and a sidecar here takes only what goes out.
+        """
+        if proxy.type is not ProxyType.ROUTER:
+            return []
+        labels = dict(proxy.labels)
+        return [
+            policy
+            for namespace in dict.fromkeys((proxy.namespace, self.mesh.config.root_namespace))
+            for policy in policies.get(namespace, ())
+            if policy.spec.selects(labels, same_namespace=namespace == proxy.namespace)
+        ]
 
     def routes_for(self, proxy: Proxy) -> list[LLMRoute]:
         """Return the mesh's LLMRoutes of this sidecar, winners first: own namespace, then root."""
@@ -101,19 +179,29 @@ class World:
             return []
         return [
             route
-            for namespace in dict.fromkeys((proxy.namespace, self.mesh.root_namespace))
+            for namespace in dict.fromkeys((proxy.namespace, self.mesh.config.root_namespace))
             for route in self.routes.get(namespace, ())
             if MESH in route.gateways
         ]
+
+    @cached_property
+    def routes_by_gateway(self) -> Mapping[str, tuple[LLMRoute, ...]]:
+        """The LLMRoutes of all namespaces by the gateways that they name (`namespace/name`), oldest first."""
+        found: defaultdict[str, list[LLMRoute]] = defaultdict(list)
+        for route in sorted((route for of in self.routes.values() for route in of), key=_AGE):
+            for gateway in route.gateways - {MESH}:
+                found[gateway].append(route)
+        return {name: tuple(of) for name, of in found.items()}
+
+    def gateways_for(self, proxy: Proxy) -> list[Gateway]:
+        """Return the Gateways that select this gateway proxy, of all namespaces, oldest first."""
+        if proxy.type is not ProxyType.ROUTER:
+            return []
+        gateways = [gateway for of in self.gateways.values() for gateway in of]
+        return sorted((g for g in gateways if proxy.has_labels(g.spec.selector)), key=_AGE)
 
 
 def selector_labels(provider: LLMProvider) -> Mapping[str, str]:
     """Return the labels that a workload must have to get this provider; none: every workload gets it."""
     selector = provider.spec.workload_selector
     return selector.labels if selector else {}
-
-
-def _age(item: LLMProvider | LLMRoute) -> tuple[str, str]:
-    """Sort the older first, objects without a timestamp (files) by name alone."""
-    created = item.metadata.creation_timestamp
-    return (created.isoformat() if created else "", item.metadata.name)

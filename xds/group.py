@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
-from xds.resources import Resource, encode_field
+from xds.names import Names
+from xds.resources import PUSH_ORDER, ROUTES_FIRST, Resource, encode_field
 from xds.snapshot import EMPTY, ResourceSet, Snapshot
 
 MAX_DETAIL: Final = 1024
@@ -115,14 +116,25 @@ class Holding:
         yield from (name for name in self.base if name not in self.own)
         yield from (name for name, resource in self.own.items() if resource is not None)
 
+    def drop(self, name: str) -> None:
+        """Note that the client has nothing under that name."""
+        if name in self.base:
+            self.own[name] = None
+        else:
+            self.own.pop(name, None)
+
     def rebase(self, base: ResourceSet) -> None:
         """Express the same holding in terms of another set."""
-        own = self.own
+        own, get = self.own, base.get
         for name in base.changed(self.base):
             own.setdefault(name, self.base.get(name))
         self.base = base
-        for name in [name for name, resource in own.items() if resource == base.get(name)]:
-            del own[name]
+        # Most are the very same object. A new dictionary, since one that was large stays large.
+        self.own = {
+            name: resource
+            for name, resource in own.items()
+            if resource is not (other := get(name)) and resource != other
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +182,11 @@ class Group:
         self.wakers: set[Callable[[], None]] = set()
         """One of each stream, called whenever there is a new point."""
         self._snapshot = Snapshot()
+        self.order = PUSH_ORDER
+        """In which order types are sent."""
         self._good: dict[str, Holding] = {}
+        self._names: WeakValueDictionary[int, Names] = WeakValueDictionary()
+        """By their hash, what clients ask for; shared, since most ask for the same."""
         self._control_plane = encode_field(1, identifier.encode())
         self._numbers = numbers
         self.publish(snapshot)
@@ -182,6 +198,7 @@ class Group:
             old, new = self._snapshot[type_url], snapshot[type_url]
             sets[type_url] = new if new.changed(old) else old
         self._snapshot = Snapshot.from_sets(sets, incomplete=snapshot.incomplete)
+        self.order = ROUTES_FIRST if snapshot.routes_first else PUSH_ORDER
         for (type_url, name), refusal in list(self.refusals.items()):
             if not self.has(refusal):
                 del self.refusals[type_url, name]
@@ -251,11 +268,18 @@ class Group:
         for name in [name for name in good.own if name in base and name not in exceptions]:
             del good.own[name]
 
-    def encode_delta(self, type_url: str, version: str, changes: Mapping[str, Resource | None]) -> Response:
-        """Encode a DeltaDiscoveryResponse."""
+    def encode_delta(
+        self,
+        type_url: str,
+        version: str,
+        changes: Mapping[str, Resource | None],
+        heartbeats: Iterable[bytes] = (),
+    ) -> Response:
+        """Encode a DeltaDiscoveryResponse, with frames that change nothing besides."""
         number = next(self._numbers)
         parts: list[bytes | memoryview] = [encode_field(1, version.encode())]
         parts += [resource.delta_frame for resource in changes.values() if resource is not None]
+        parts += heartbeats
         parts.append(encode_field(4, type_url.encode()))
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts += [encode_field(6, name.encode()) for name, resource in changes.items() if resource is None]
@@ -266,17 +290,30 @@ class Group:
         self,
         type_url: str,
         version: str,
-        resources: Iterable[Resource],
+        frames: Iterable[bytes | memoryview],
         changes: Mapping[str, Resource | None],
     ) -> Response:
-        """Encode a DiscoveryResponse with `resources`, which brings `changes` to the client."""
+        """Encode a DiscoveryResponse of the frames of resources, which brings `changes` to the client."""
         number = next(self._numbers)
         parts: list[bytes | memoryview] = [encode_field(1, version.encode())]
-        parts += [resource.sotw_frame for resource in resources]
+        parts += frames
         parts.append(encode_field(4, type_url.encode()))
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts.append(encode_field(6, self._control_plane))
         return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+
+    def names(self, type_url: str, names: Iterable[str]) -> Names:
+        """Return these names as one object for all clients, made of the strings of the resources.
+
+        A thousand proxies with ten thousand secrets each would have ten million strings.
+        """
+        asked = frozenset(names)
+        shared = self._names.get(hash(asked))
+        if shared is None or shared != asked:
+            get = self.point[type_url].get
+            shared = Names(name if (resource := get(name)) is None else resource.name for name in asked)
+            self._names[hash(asked)] = shared
+        return shared
 
     def _good_of(self, type_url: str) -> Holding:
         return self._good.setdefault(type_url, Holding())
@@ -286,7 +323,9 @@ class Group:
         replacements: dict[str, dict[str, Resource | None]] = {}
         for type_url, name in self.refusals:
             good = self._good_of(type_url).get(name)
-            replacements.setdefault(type_url, {})[name] = good or Resource.unknown(type_url, name)
+            refused = self._snapshot[type_url].get(name)
+            stand_in = refused.stand_in(good) if refused else good
+            replacements.setdefault(type_url, {})[name] = stand_in or Resource.unknown(type_url, name)
         sets = {}
         for type_url in {*self._snapshot, *self.point}:
             current = self.point[type_url]

@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 from xds.group import MAX_DETAIL
-from xds.resources import SDS
+from xds.resources import ECDS, SDS
 
 _LONGEST: Final = 1 << 20
 """Characters that are looked at."""
@@ -21,6 +21,6 @@ _VALUE: Final = re.compile(
 def nack_text(type_url: str, text: str) -> str:
     """Return Envoy's text (error_detail.message) without the message that it refuses, cut at MAX_DETAIL."""
     text = _MESSAGE.sub("", text[:_LONGEST])
-    if type_url == SDS:  # another version may show it in another form
+    if type_url in {SDS, ECDS}:  # another version may show it in another form; ECDS has clients' API keys
         text = _VALUE.sub("[redacted]", text)
     return text[:MAX_DETAIL]

@@ -7,13 +7,16 @@ form in which both protocol variants put them on the wire (`envoy/service/discov
 * state of the world: `DiscoveryResponse.resources` (field 2) of type `google.protobuf.Any`.
 
 The member `resource` of `Resource` is field 2 as well. It is put last, so the frame for state of the
-world is the tail of the frame for delta, and one bytes object serves both.
+world is the tail of the frame for delta, and one bytes object serves both. Only a time to live needs a
+`Resource` in state of the world, too (xds_protocol, "TTL").
 """
 
 import hashlib
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Final
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 TYPE_URL_PREFIX: Final = "type.googleapis.com/"
@@ -25,15 +28,37 @@ RDS: Final = TYPE_URL_PREFIX + "envoy.config.route.v3.RouteConfiguration"
 SDS: Final = TYPE_URL_PREFIX + "envoy.extensions.transport_sockets.tls.v3.Secret"
 ECDS: Final = TYPE_URL_PREFIX + "envoy.config.core.v3.TypedExtensionConfig"
 
-PUSH_ORDER: Final = (CDS, EDS, LDS, SRDS, RDS, SDS, ECDS)
+PUSH_ORDER: Final = (CDS, EDS, ECDS, LDS, SRDS, RDS, SDS)
 """Who may refer to whom: a type is sent before those that refer to it (xds_protocol, "Eventual
 consistency")."""
+
+ROUTES_FIRST: Final = (CDS, EDS, LDS, SRDS, RDS, ECDS, SDS)
+"""The order of a snapshot that takes routes away with the filters that guard them."""
 
 WILDCARD_TYPES: Final = frozenset({CDS, LDS, SRDS})
 """Types of which a client gets all when it names none. Envoy asks for scoped routes in this way, too."""
 
-REFERRING_TYPES: Final = frozenset({LDS, SRDS, RDS})
+REFERRING_TYPES: Final = frozenset({LDS, SRDS, RDS, ECDS})
 """Types that put the many together; the others stand for themselves."""
+
+_RESOURCE: Final = TYPE_URL_PREFIX + "envoy.service.discovery.v3.Resource"
+_XDSTP: Final = "xdstp://"
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name stands for a collection: `xdstp://AUTHORITY/TYPE/PATH/*`, perhaps with parameters."""
+    return name.startswith(_XDSTP) and name.partition("?")[0].endswith("/*")
+
+
+def glob_of(name: str) -> str:
+    """Return the collection that a resource belongs to by its name, empty if it cannot be in any.
+
+    As in Envoy (WatchMap::watchesInterestedIn), only the last part of the path varies in a collection.
+    """
+    if not name.startswith(_XDSTP):
+        return ""
+    path, mark, parameters = name.partition("?")
+    return f"{path[: path.rindex('/')]}/*{mark}{parameters}"
 
 
 def encode_field(number: int, payload: bytes) -> bytes:
@@ -69,11 +94,23 @@ class Resource:
     held: bool = False
     endpoints: str = ""
     """Of a Cluster of type EDS: the name of its ClusterLoadAssignment, which has to follow it."""
+    ttl: timedelta | None = None
+    """After this time without a word from the server the client drops it; the server renews it in time."""
+    guard: "Guard | None" = field(default=None, compare=False)
+    """Of a resource that restricts what clients may do: what stands in for it when it cannot be served."""
     delta_frame: bytes = field(default=b"", repr=False, compare=False)
     body_size: int = field(default=0, compare=False)
 
     @classmethod
-    def of(cls, message: Message, name: str | None = None, *, held: bool = False) -> "Resource":
+    def of(
+        cls,
+        message: Message,
+        name: str | None = None,
+        *,
+        held: bool = False,
+        ttl: timedelta | None = None,
+        guard: "Guard | None" = None,
+    ) -> "Resource":
         """Encode `message`.
 
         Its name is, unless given, its field `name` (`cluster_name` of a ClusterLoadAssignment).
@@ -85,23 +122,35 @@ class Resource:
         content = message.SerializeToString(deterministic=True)
         body = encode_field(1, type_url.encode()) + encode_field(2, content)
         endpoints = _endpoints(message) if type_url == CDS else ""
-        return cls.of_body(type_url, name, body, held=held, endpoints=endpoints)
+        return cls.of_body(type_url, name, body, held=held, endpoints=endpoints, ttl=ttl, guard=guard)
 
     @classmethod
     def of_body(
-        cls, type_url: str, name: str, body: bytes, *, held: bool = False, endpoints: str = ""
+        cls,
+        type_url: str,
+        name: str,
+        body: bytes,
+        *,
+        held: bool = False,
+        endpoints: str = "",
+        ttl: timedelta | None = None,
+        guard: "Guard | None" = None,
     ) -> "Resource":
         """Make a resource of an encoded `google.protobuf.Any`."""
-        version = hashlib.sha256(body).hexdigest()[:16]
-        frame = encode_field(
-            2, encode_field(3, name.encode()) + encode_field(1, version.encode()) + encode_field(2, body)
-        )
-        return cls(type_url, name, version, held, endpoints, frame, len(body))
+        version = hashlib.sha256(body + _lifetime(ttl)).hexdigest()[:16]
+        frame = encode_field(2, _head(name, version, ttl) + encode_field(2, body))
+        return cls(type_url, name, version, held, endpoints, ttl, guard, frame, len(body))
 
     @classmethod
     def unknown(cls, type_url: str, name: str, version: str = "") -> "Resource":
         """Make a resource whose content is not known here; without a version it is held."""
         return cls(type_url, name, version, held=not version)
+
+    def stand_in(self, good: "Resource | None") -> "Resource | None":
+        """Return what is served when this one is refused: its last good version, but nothing that is open."""
+        if self.guard is not None and (good is None or good.version == self.guard.open):
+            return self.guard.closed
+        return good
 
     @property
     def body(self) -> bytes:
@@ -113,6 +162,40 @@ class Resource:
         """The field of a DiscoveryResponse that carries this resource."""
         header = 1 + len(encode_varint(self.body_size))
         return memoryview(self.delta_frame)[len(self.delta_frame) - self.body_size - header :]
+
+    @property
+    def wrapped_frame(self) -> bytes:
+        """The same with name, version and time to live, for clients that know this form."""
+        wrapped = _head(self.name, self.version, self.ttl) + bytes(self.sotw_frame)
+        return encode_field(2, encode_field(1, _RESOURCE.encode()) + encode_field(2, wrapped))
+
+    @property
+    def heartbeat_frame(self) -> bytes:
+        """The field of a DeltaDiscoveryResponse that renews the time to live, without the content."""
+        return encode_field(2, _head(self.name, self.version, self.ttl))
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What a resource that restricts falls back to, so that it fails closed."""
+
+    open: str
+    """The version that restricts nothing."""
+    closed: Resource
+    """Lets nothing pass. It stands in where the last good version is `open`, or where there is none."""
+
+
+def _head(name: str, version: str, ttl: timedelta | None) -> bytes:
+    """Encode a `Resource` without its content."""
+    return encode_field(3, name.encode()) + encode_field(1, version.encode()) + _lifetime(ttl)
+
+
+def _lifetime(ttl: timedelta | None) -> bytes:
+    if ttl is None:
+        return b""
+    duration = Duration()
+    duration.FromTimedelta(ttl)
+    return encode_field(6, duration.SerializeToString())
 
 
 def _endpoints(cluster: Any) -> str:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -55,10 +56,21 @@ OPTIONS: Final = (
     # So that proxies spread over replicas again. gRPC varies the age by a tenth either way.
     ("grpc.max_connection_age_ms", 11 * 3_600_000),
     ("grpc.max_connection_age_grace_ms", 120_000),
+    # After a restart all proxies call at once. Of more than 1,000 calls not taken up yet gRPC cancels some,
+    # and those that wait for 30 s (seen with grpcio 1.85; a thousand proxies with ten thousand secrets each).
+    ("grpc.server.max_pending_requests", 1 << 20),
+    ("grpc.server.max_pending_requests_hard_limit", 1 << 20),
+    ("grpc.server_max_unrequested_time_in_server", 3_600),
     # Two servers would share a port without a word.
     ("grpc.so_reuseport", 0),
 )
 
+
+WRAPS: Final = "xds.config.resource-in-sotw"
+"""The client feature without which state of the world has no times to live."""
+
+RECHECK: Final = 1.0
+"""Seconds until a change of who may get what is noticed."""
 
 WRITE_GRACE: Final = 0.2
 """Seconds that a write may take when its stream ends; a client that does not read would keep it for ever."""
@@ -73,6 +85,8 @@ class Node:
     metadata: dict[str, Any]
     version: str
     """Envoy's version, `1.40.0`; empty if the client does not say."""
+    features: frozenset[str] = frozenset()
+    """What the client says that it can (`client_features`)."""
 
 
 class NodeRejected(Exception):  # noqa: N818 - it is no error of this program
@@ -98,13 +112,18 @@ class Peer:
     address: str
     uris: tuple[str, ...] = ()
     dns_names: tuple[str, ...] = ()
+    chain: bytes = b""
+    """That certificate, and those between it and a CA, in PEM. It was verified when the connection began."""
 
 
 class Authenticator(Protocol):
-    """Decides who a peer is; asked once for each stream, when its first request is there."""
+    """Decides who a peer is: for each stream at its first request, and whenever that may have changed."""
 
     async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> object:
         """Return the identity for `SnapshotSource.group`. Raises NodeRejected; `metadata` is secret."""
+
+    def revision(self) -> object:
+        """Return what is different as soon as `authenticate` may decide differently; asked every second."""
 
 
 class SnapshotSource(Protocol):
@@ -170,6 +189,7 @@ class ManagementServer:
         self._ready = False
         self._stopping = False
         self._server: grpc.aio.Server | None = None
+        self._rechecking: asyncio.Task[None] | None = None
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Listen on `address` (`host:port`, port 0: any), without TLS if no credentials; return the port.
@@ -190,6 +210,8 @@ class ManagementServer:
         else:
             port = self._server.add_secure_port(address, credentials)
         await self._server.start()
+        if self._authenticator is not None:
+            self._rechecking = asyncio.create_task(self._recheck(self._authenticator))
         return port
 
     def ready(self) -> None:
@@ -199,8 +221,10 @@ class ManagementServer:
     async def stop(self) -> None:
         """End all streams, then the server. Proxies keep what they have, and connect again."""
         self._stopping = True
+        if self._rechecking is not None:
+            self._rechecking.cancel()
         for connection in list(self._connections):
-            connection.close()
+            connection.close(_Closed(grpc.StatusCode.UNAVAILABLE, "stopping"))
         if self._server is not None:
             await self._server.stop(grace=0.5)
 
@@ -260,15 +284,31 @@ class ManagementServer:
 
         return handle
 
-    async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> object:
-        """Return who a peer is, None if nobody asks. Raises NodeRejected."""
-        if self._authenticator is None:
-            return None
-        return await self._authenticator.authenticate(peer, metadata, node)
+    async def _recheck(self, authenticator: Authenticator) -> None:
+        """End the streams of those who may not have any more what they get."""
+        while True:
+            await asyncio.sleep(RECHECK)
+            try:
+                revision = authenticator.revision()
+                for connection in list(self._connections):
+                    if connection.revision != revision:
+                        await connection.recheck()
+            except Exception:  # the authenticator's own; who is connected stays so until the next time
+                log.exception("credentials could not be checked again")
 
-    def join(self, connection: "_Connection", node: Node, identity: object) -> Group:
-        """Put a stream into the group of its node. Raises NodeRejected."""
-        key = self._source.group(node, identity)
+    def revision(self) -> object:
+        """Return which `authenticate` is asked now."""
+        return self._authenticator and self._authenticator.revision()
+
+    async def admit(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> Hashable:
+        """Return the group of a peer. Raises NodeRejected."""
+        identity = None
+        if self._authenticator is not None:
+            identity = await self._authenticator.authenticate(peer, metadata, node)
+        return self._source.group(node, identity)
+
+    def join(self, connection: "_Connection", key: Hashable) -> Group:
+        """Put a stream into a group."""
         group = self._groups.get(key)
         if group is None:
             group = Group(
@@ -318,8 +358,12 @@ class _Connection:
             self._peer,
             tuple(name.decode(errors="replace") for name in names.get("peer_uri", ())),
             tuple(name.decode(errors="replace") for name in names.get("peer_dns", ())),
+            b"".join((*names.get("x509_pem_cert", ()), *names.get("x509_pem_cert_chain", ()))),
         )
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._metadata = dict(context.invocation_metadata() or ())
+        self.revision: object = None
+        """Of the credentials by which it was let in."""
+        self._closed: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
         self._since = time.time()
         self._node: Node
         self._stream: Stream[DeltaSubscription] | Stream[SotwSubscription]
@@ -335,10 +379,24 @@ class _Connection:
         """Have the writer look for something to send."""
         self._due.set()
 
-    def close(self) -> None:
+    def close(self, why: _Closed) -> None:
         """End the stream."""
         if not self._closed.done():
-            self._closed.set_result(None)
+            self._closed.set_result(why)
+
+    async def recheck(self) -> None:
+        """End the stream if its peer may not have it any more, or should have something else."""
+        self.revision = self._server.revision()
+        try:
+            key = await self._server.admit(self._who, self._metadata, self._node)
+        except NodeRejected as rejected:
+            log.warning("proxy is cut off", node=self._node.id, peer=self._peer, reason=str(rejected))
+            self.close(_Closed(rejected.status, str(rejected)))
+        else:
+            if key != self._stream.group.key:
+                self.close(
+                    _Closed(grpc.StatusCode.UNAVAILABLE, "the credentials stand for another proxy now")
+                )
 
     async def run(self) -> None:
         """Serve the stream until either side ends it. Raises _Closed."""
@@ -347,24 +405,26 @@ class _Connection:
             return
         self._node = _node(request)
         try:
-            metadata = dict(self._context.invocation_metadata() or ())
-            identity = await self._server.authenticate(self._who, metadata, self._node)
-            group = self._server.join(self, self._node, identity)
+            self.revision = self._server.revision()
+            group = self._server.join(self, await self._server.admit(self._who, self._metadata, self._node))
         except NodeRejected as rejected:
             log.warning("proxy rejected", node=self._node.id, peer=self._peer, reason=str(rejected))
             raise _Closed(rejected.status, str(rejected)) from None
         if self._delta:
             self._stream = Stream(group, self._node.id, DeltaSubscription)
         else:
-            self._stream = Stream(group, self._node.id, SotwSubscription)
+            kind = partial(SotwSubscription, wraps=WRAPS in self._node.features)
+            self._stream = Stream(group, self._node.id, kind)
         log.info("proxy connected", node=self._node.id, peer=self._peer, delta=self._delta)
         tasks: list[asyncio.Task[None]] = []
         try:
             self._take_in(request)
+            del request  # Envoy's node message alone has 61 KB
             tasks = [asyncio.create_task(self._read_requests()), asyncio.create_task(self._write_responses())]
-            done, _ = await asyncio.wait((*tasks, self._closed), return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [*tasks, self._closed]
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._closed in done:
-                raise _Closed(grpc.StatusCode.UNAVAILABLE, "stopping")
+                raise self._closed.result()
             for task in tasks:
                 if task.done():
                     task.result()
@@ -409,6 +469,7 @@ class _Connection:
     async def _read_requests(self) -> None:
         while (request := await self._read()) is not None:
             self._take_in(request)
+            del request  # it would live until the next one comes
 
     async def _write_responses(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -515,4 +576,5 @@ def _node(request: Any) -> Node:
         cluster=node.cluster,
         metadata=json_format.MessageToDict(node.metadata) if node.HasField("metadata") else {},
         version=f"{version.major_number}.{version.minor_number}.{version.patch}" if known else "",
+        features=frozenset(node.client_features),
     )

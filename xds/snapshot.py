@@ -2,10 +2,11 @@
 # ruff: noqa: SLF001 - all private members are those of another instance of the same class
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Self
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from xds.names import Names
 from xds.resources import Resource
 
 
@@ -16,20 +17,25 @@ class ResourceSet:
     once.
     """
 
-    __slots__ = ("__weakref__", "_changed", "_checksum", "_resources", "held")
+    __slots__ = ("__weakref__", "_changed", "_checksum", "_parts", "_resources", "expiring", "get", "held")
+
+    get: Callable[[str], Resource | None]
+    """Returns the resource of a name, if there is one: the method of a dictionary, for speed."""
 
     def __init__(self, resources: Mapping[str, Resource]) -> None:
         self._resources = resources
+        self.get = resources.get
         self._changed: WeakKeyDictionary[ResourceSet, frozenset[str]] = WeakKeyDictionary()
+        self._parts: WeakValueDictionary[Names, ResourceSet] = WeakValueDictionary()
         self._checksum: int | None = None
         self.held: frozenset[str] = frozenset(name for name, resource in resources.items() if resource.held)
+        self.expiring: frozenset[str] = frozenset(
+            name for name, resource in resources.items() if resource.ttl is not None
+        )
+        """Names of those that have a time to live."""
 
     def __getitem__(self, name: str) -> Resource:
         return self._resources[name]
-
-    def get(self, name: str) -> Resource | None:
-        """Return the resource of that name, if there is one."""
-        return self._resources.get(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._resources
@@ -64,10 +70,41 @@ class ResourceSet:
         names = self._changed.get(old)
         if names is None:
             before, after = old._resources, self._resources
-            upserted = {name for name, resource in after.items() if before.get(name) != resource}
+            # Most are the very same object; to compare them by value would cost ten times as much.
+            upserted = {
+                name
+                for name, resource in after.items()
+                if (other := before.get(name)) is not resource and other != resource
+            }
             names = frozenset(upserted | (before.keys() - after.keys()))
             self._changed[old] = names
+            if self._checksum is None and old._checksum is not None:
+                gone = sum(_checksum(before[name]) for name in names if name in before)
+                self._checksum = (
+                    old._checksum - gone + sum(_checksum(after[name]) for name in names if name in after)
+                )
         return names
+
+    def part(self, names: Names) -> "ResourceSet":
+        """Return the set of those that are asked for; the same object as long as anybody has it."""
+        part = self._parts.get(names)
+        if part is None:
+            part = self._parts[names] = self._part(names)
+        return part
+
+    def _part(self, names: Names) -> "ResourceSet":
+        for old, changed in self._changed.items():
+            before = old._parts.get(names)
+            if before is not None:
+                return before.replace({name: self.get(name) for name in names.covered(changed)})
+        covered = sorted(names.covered(self._resources.keys()))
+        return ResourceSet({name: self._resources[name] for name in covered}) or EMPTY
+
+    def towards(self, goal: "ResourceSet", names: frozenset[str]) -> "ResourceSet":
+        """Return this set with those of its differences from `goal` made good that have these names."""
+        between = self.replace({name: goal.get(name) for name in names})
+        goal._changed[between] = goal.changed(self) - names
+        return between
 
     def replace(self, changes: Mapping[str, Resource | None]) -> "ResourceSet":
         """Return a set with these resources put in, or taken out where None; itself if nothing differs."""
@@ -76,10 +113,11 @@ class ResourceSet:
             return self
         resources = dict(self._resources)
         checksum = self._checksum
-        held = set(self.held)
+        held, expiring = set(self.held), set(self.expiring)
         for name, resource in differing.items():
             old = resources.pop(name, None)
             held.discard(name)
+            expiring.discard(name)
             if checksum is not None and old is not None:
                 checksum -= _checksum(old)
             if resource is not None:
@@ -88,11 +126,15 @@ class ResourceSet:
                     checksum += _checksum(resource)
                 if resource.held:
                     held.add(name)
+                if resource.ttl is not None:
+                    expiring.add(name)
         new = ResourceSet.__new__(ResourceSet)
         new._resources = resources
+        new.get = resources.get
         new._changed = WeakKeyDictionary({self: frozenset(differing)})
+        new._parts = WeakValueDictionary()
         new._checksum = checksum
-        new.held = frozenset(held)
+        new.held, new.expiring = frozenset(held), frozenset(expiring)
         return new
 
 
@@ -105,13 +147,17 @@ class Snapshot:
     Building one from all resources compares all of them with the one before; `replace` costs what it changes.
 
     `incomplete` says that proxies may rightly have more than this: a source cannot be read, and nobody knows
-    what was in it. See `xds.subscription` for what that means.
+    what was in it. See `xds.subscription` for what that means. `routes_first` says that filters (ECDS) follow
+    routes, which they precede else (`xds.resources.PUSH_ORDER`).
     """
 
-    __slots__ = ("_sets", "incomplete")
+    __slots__ = ("_sets", "incomplete", "routes_first")
 
-    def __init__(self, resources: Iterable[Resource] = (), *, incomplete: bool = False) -> None:
+    def __init__(
+        self, resources: Iterable[Resource] = (), *, incomplete: bool = False, routes_first: bool = False
+    ) -> None:
         self.incomplete = incomplete
+        self.routes_first = routes_first
         by_type: dict[str, dict[str, Resource]] = {}
         for resource in resources:
             if by_type.setdefault(resource.type_url, {}).setdefault(resource.name, resource) != resource:
@@ -121,9 +167,11 @@ class Snapshot:
         self._sets = {type_url: ResourceSet(by_name) for type_url, by_name in by_type.items()}
 
     @classmethod
-    def from_sets(cls, sets: Mapping[str, ResourceSet], *, incomplete: bool = False) -> Self:
+    def from_sets(
+        cls, sets: Mapping[str, ResourceSet], *, incomplete: bool = False, routes_first: bool = False
+    ) -> Self:
         """Make a snapshot of sets by type, leaving out empty ones."""
-        snapshot = cls(incomplete=incomplete)
+        snapshot = cls(incomplete=incomplete, routes_first=routes_first)
         snapshot._sets = {type_url: resources for type_url, resources in sets.items() if resources}
         return snapshot
 
@@ -137,9 +185,17 @@ class Snapshot:
         return f"Snapshot({ {type_url: len(resources) for type_url, resources in self._sets.items()} })"
 
     def replace(
-        self, upserts: Iterable[Resource] = (), removals: Iterable[tuple[str, str]] = ()
+        self,
+        upserts: Iterable[Resource] = (),
+        removals: Iterable[tuple[str, str]] = (),
+        *,
+        incomplete: bool | None = None,
+        routes_first: bool = False,
     ) -> "Snapshot":
-        """Return a snapshot with `upserts` put in and `removals` (type URL, name) taken out."""
+        """Return a snapshot with `upserts` put in and `removals` (type URL, name) taken out.
+
+        It is as incomplete as this one, unless said.
+        """
         changes: dict[str, dict[str, Resource | None]] = {}
         for type_url, name in removals:
             changes.setdefault(type_url, {})[name] = None
@@ -148,7 +204,8 @@ class Snapshot:
         sets = dict(self._sets)
         for type_url, by_name in changes.items():
             sets[type_url] = self[type_url].replace(by_name)
-        return Snapshot.from_sets(sets, incomplete=self.incomplete)
+        incomplete = self.incomplete if incomplete is None else incomplete
+        return Snapshot.from_sets(sets, incomplete=incomplete, routes_first=routes_first)
 
     def diff(self, old: "Snapshot") -> dict[str, frozenset[str]]:
         """Return the names that were added, changed or removed since `old`, by type, of changed types."""

@@ -17,15 +17,27 @@ the answer to the one before. Of a client that came with resources of an earlier
 it has until its first ACK; a trial could remove what is in use, so there is none: it is sent the next set
 when something has changed. (In the delta variant a client tells what it has.) For the same reason it is sent
 no full set, and no route configuration that it has, as long as the snapshot is incomplete.
+
+A time to live goes only to a client that says `xds.config.resource-in-sotw`, and is renewed with the content:
+what comes without does not renew anything in Envoy 1.40, and in a full set it counts as absent.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from xds.group import ORIGIN, Group, Point, Response
-from xds.resources import WILDCARD_TYPES, Resource
+from xds.resources import WILDCARD_TYPES, Resource, is_glob
 from xds.snapshot import EMPTY, ResourceSet
-from xds.subscription import MAX_NAMES, LastError, Pending, Phase, Subscription, TooManyNamesError, split
+from xds.subscription import (
+    MAX_NAMES,
+    LastError,
+    Pending,
+    Phase,
+    Subscription,
+    TooManyNamesError,
+    split,
+)
 
 PARTS: Final = 2
 """A refused set is searched by halves: only one trial at a time can be under way."""
@@ -34,8 +46,12 @@ PARTS: Final = 2
 class SotwSubscription(Subscription):
     """The state of one type on a state-of-the-world stream."""
 
-    def __init__(self, type_url: str, group: Group, node_id: str) -> None:
+    __slots__ = ("_full", "_named", "_reported", "_stuck", "_unknown", "_wraps")
+
+    def __init__(self, type_url: str, group: Group, node_id: str, *, wraps: bool = False) -> None:
         super().__init__(type_url, group, node_id)
+        self._wraps = wraps
+        """The client knows resources that are wrapped into a `Resource`."""
         self._full = type_url in WILDCARD_TYPES
         self._named = False
         """The client named resources, ever; from then on an empty list means none, not all."""
@@ -62,9 +78,12 @@ class SotwSubscription(Subscription):
         first = not self._started
         self._started = True
         again = False
-        named = set(names)
+        named = frozenset(names)
+        if len(named) > MAX_NAMES:
+            raise TooManyNamesError
         if first:
             self.live = self._unknown = bool(version)
+            self.renew_at = -math.inf if version else None  # it is not known for how long the client can wait
             if version and not self._full:
                 self.held.own = {name: Resource.unknown(self.type_url, name, version) for name in named}
         elif nonce:
@@ -72,8 +91,6 @@ class SotwSubscription(Subscription):
             if nonce != self.nonce:
                 return
             again = error is None and not answered
-        if len(named) > MAX_NAMES:
-            raise TooManyNamesError
         self._subscribe(named, again=again)
         if first and self.wildcard and not self.names:
             self._reported = version
@@ -84,7 +101,7 @@ class SotwSubscription(Subscription):
         if self._isolated and self.pending:
             return None
         while self._isolated:
-            changes = self._differences(self._isolated.popleft(), self.point, phase)
+            changes = self._differences(self._isolated.pop(0), self.point, phase)
             if changes:
                 return (
                     self._send_set(self.held.base.replace(changes), phase)
@@ -117,10 +134,10 @@ class SotwSubscription(Subscription):
         self._unknown = False
         return True
 
-    def _subscribe(self, named: set[str], *, again: bool) -> None:
-        wildcard = "*" in named or (not named and not self._named and self.type_url in WILDCARD_TYPES)
-        self._named = self._named or bool(named)
-        named.discard("*")
+    def _subscribe(self, asked: frozenset[str], *, again: bool) -> None:
+        wildcard = "*" in asked or (not asked and not self._named and self.type_url in WILDCARD_TYPES)
+        self._named = self._named or bool(asked)
+        named = self._group.names(self.type_url, asked - {"*"})
         added, removed = named - self.names, self.names - named
         begins, ends = wildcard and not self.wildcard, self.wildcard and not wildcard
         self.wildcard, self.names = wildcard, named
@@ -132,21 +149,20 @@ class SotwSubscription(Subscription):
         if begins:
             self.unanswered = True
             self._tip = EMPTY
-        self.forced.update(dict.fromkeys(sorted(added or (named if again and not removed else ()))))
+        self.forced.update(dict.fromkeys(self._expand(added or (named if again and not removed else ()))))
         if not wildcard:
+            if any(map(is_glob, removed)):
+                removed = frozenset(name for name in self.held if not self._relevant(name))
             for name in removed:
-                self.held.own.pop(name, None)
+                self.held.drop(name)
                 self.forced.pop(name, None)
 
     def _narrow(self) -> None:
         """Forget what the client has of names that it does not want any more."""
         for pending in self.pending:
             if pending.target is not None:
-                pending.target = self._subset(pending.target)
-        self.held.base = self._subset(self.held.base)
-
-    def _subset(self, resources: ResourceSet) -> ResourceSet:
-        return EMPTY.replace({name: resources.get(name) for name in self.names})
+                pending.target = self._part(pending.target)
+        self.held.base = self._part(self.held.base)
 
     # Full sets.
 
@@ -191,7 +207,7 @@ class SotwSubscription(Subscription):
         for name in self.refused:
             other[name] = self._wanted(name, phase.target)
         if not self.wildcard:
-            return self._subset(resources.replace(other))
+            return self._part(resources.replace(other))
         key = (self.type_url, resources, frozenset(other.items()))
         want = phase.target.variants.get(key)
         if want is None:
@@ -200,11 +216,12 @@ class SotwSubscription(Subscription):
 
     def _send_set(self, want: ResourceSet, phase: Phase) -> Response:
         sent = self._sent_set
-        key = (SotwSubscription, self.type_url, sent, want)
+        key = (self._form, self.type_url, sent, want)
         response = phase.target.shared.get(key)
         if response is None or response.number <= self._number:
             changes = {name: want.get(name) for name in sorted(want.changed(sent))}
-            response = self._group.encode_sotw(self.type_url, want.version, want.values(), changes)
+            frames = self._frames(want.values())
+            response = self._group.encode_sotw(self.type_url, want.version, frames, changes)
             phase.target.shared[key] = response
         adds = any(name not in sent for name in response.changes)
         return self._await(Pending(response, phase.target.sequence, target=want, adds=adds))
@@ -237,19 +254,19 @@ class SotwSubscription(Subscription):
             self._isolated_at = (
                 min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
             )
-            self._isolated.extendleft(reversed(split(suspects, parts)))
+            self._isolated[:0] = split(suspects, parts)
 
     # Parts, of types whose responses need not be complete.
 
     def _next_part(self, phase: Phase) -> Response | None:
-        answers = self._answer(self.forced, phase) if self.forced else {}
+        changes: dict[str, Resource | None] = {
+            name: resource for name, resource in self._answer(self.forced, phase) if resource is not None
+        }
         self.forced.clear()
-        changes: dict[str, Resource | None] = {name: r for name, r in answers.items() if r is not None}
         due = False
         if phase.target is not ORIGIN:
-            new = phase.target[self.type_url]
-            changed = new.changed(self._tip)
-            names = (set(changed) if self.wildcard else self.names & changed) | self.kept
+            new = self._part(phase.target[self.type_url])
+            names = new.changed(self._tip) | self.kept
             changes |= self._differences(names - changes.keys(), phase.target, phase)
             due, self.unanswered = self.unanswered, False
             self.point, self._tip = phase.target, new
@@ -262,5 +279,23 @@ class SotwSubscription(Subscription):
         return self._full and super()._removes(name, phase)
 
     def _encode(self, changes: Mapping[str, Resource | None], point: Point) -> Response:
-        resources = [resource for resource in changes.values() if resource is not None]
-        return self._group.encode_sotw(self.type_url, point[self.type_url].version, resources, changes)
+        frames = self._frames(resource for resource in changes.values() if resource is not None)
+        return self._group.encode_sotw(self.type_url, point[self.type_url].version, frames, changes)
+
+    @property
+    def _form(self) -> tuple[type[Subscription], bool]:
+        return type(self), self._wraps
+
+    def _frames(self, resources: Iterable[Resource]) -> Iterator[bytes | memoryview]:
+        for resource in resources:
+            yield resource.wrapped_frame if self._wraps and resource.ttl else resource.sotw_frame
+
+    # Times to live.
+
+    def _expiring(self) -> list[Resource]:
+        return super()._expiring() if self._wraps else []
+
+    def _renew(self, expiring: list[Resource], phase: Phase) -> Response:
+        if self._full:
+            return self._send_set(self._sent_set, phase)
+        return self._send({resource.name: resource for resource in expiring}, phase)

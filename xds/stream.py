@@ -17,12 +17,12 @@ On separate streams (one a type) there is no order between types; Envoy's docume
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Generic, TypeVar
 
 from xds.delta import DeltaSubscription
 from xds.group import ORIGIN, Group, Point, Response
-from xds.resources import CDS, ECDS, EDS, LDS, PUSH_ORDER, RDS, SDS, SRDS
+from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, SRDS
 from xds.sotw import SotwSubscription
 from xds.subscription import Phase
 
@@ -53,11 +53,11 @@ class TooManyTypesError(Exception):
 class Stream(Generic[S]):
     """The subscriptions of one stream."""
 
-    def __init__(self, group: Group, node_id: str, kind: type[S]) -> None:
+    def __init__(self, group: Group, node_id: str, kind: Callable[[str, Group, str], S]) -> None:
         self.group = group
         self.subscriptions: dict[str, S] = {}
         self._node_id = node_id
-        self._kind: type[S] = kind
+        self._kind: Callable[[str, Group, str], S] = kind
         self._settled: Point = ORIGIN
         """The newest point of which the client accepted all new clusters."""
 
@@ -76,7 +76,8 @@ class Stream(Generic[S]):
         if response is None and any(subscription.deferred for subscription in self.subscriptions.values()):
             # Types that come later in the order may just have got to the newest point without a response.
             response = self._next_response(now)
-        return response
+        heartbeats = (subscription.heartbeat(now) for subscription in self._in_order())
+        return response or next((heartbeat for heartbeat in heartbeats if heartbeat is not None), None)
 
     def wake_at(self, now: float) -> float | None:
         """Return when something waited long enough, if anything waits: a time after `now`."""
@@ -84,6 +85,8 @@ class Stream(Generic[S]):
         for subscription in self.subscriptions.values():
             if subscription.waiting_since is not None:
                 times.append(subscription.waiting_since + PATIENCE)
+            if subscription.renew_at is not None:
+                times.append(subscription.renew_at)
             if subscription.deferred:
                 _, patience = self._removal(subscription)
                 times += [deferral.since + patience for deferral in subscription.deferred.values()]
@@ -93,6 +96,8 @@ class Stream(Generic[S]):
         clusters = self.subscriptions.get(CDS)
         self._note_settled(clusters)
         for subscription in self._in_order():
+            if subscription.is_at_rest(self.group.point):
+                continue
             response = subscription.next_response(self._phase(subscription, clusters, now))
             if subscription is clusters:
                 self._note_settled(clusters)
@@ -103,11 +108,9 @@ class Stream(Generic[S]):
         return None
 
     def _in_order(self) -> Iterator[S]:
-        subscriptions = self.subscriptions
-        yield from (subscriptions[type_url] for type_url in PUSH_ORDER if type_url in subscriptions)
-        yield from (
-            subscription for type_url, subscription in subscriptions.items() if type_url not in PUSH_ORDER
-        )
+        subscriptions, order = self.subscriptions, self.group.order
+        yield from (subscriptions[type_url] for type_url in order if type_url in subscriptions)
+        yield from (subscription for type_url, subscription in subscriptions.items() if type_url not in order)
 
     def _note_settled(self, clusters: S | None) -> None:
         if clusters is not None and not clusters.adding and clusters.point.sequence > self._settled.sequence:

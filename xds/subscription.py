@@ -22,18 +22,27 @@ As long as a snapshot is incomplete, nothing is removed, and of what the client 
 (of unknown content: perhaps it refers to what is missing here) listeners and routes are not replaced. Both
 are made good (`kept`) when the snapshot is complete again.
 
+A client that asks for names is no other than one that asks for all: what it should have is a set of its own,
+the part of its names (`ResourceSet.part`). Clients that ask for the same have the same set.
+
+A name `xdstp://AUTHORITY/TYPE/PATH/*` subscribes to a collection (`globs`): to whatever is in it, like a
+wildcard of its own. If nothing is, the collection itself is what does not exist.
+
+A resource may have a time to live (`Resource.ttl`). Before half of it is over, what the client has is
+renewed (`heartbeat`).
+
 What may live here: plain values in, plain values out. No I/O, no clock (the time is an argument), no
 knowledge of what a resource contains.
 """
 
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from xds.group import ORIGIN, Group, Holding, Point, Refusal, Response, nonce_of
-from xds.resources import ECDS, REFERRING_TYPES, Resource
+from xds.names import NONE, Names, members_of
+from xds.resources import ECDS, REFERRING_TYPES, Resource, glob_of
 from xds.snapshot import EMPTY, ResourceSet
 
 MAX_PENDING: Final = 32
@@ -106,10 +115,39 @@ class LastError:
 class Subscription:
     """One resource type on one stream; the base of `DeltaSubscription` and `SotwSubscription`."""
 
+    __slots__ = (
+        "_dirty",
+        "_group",
+        "_isolated",
+        "_isolated_at",
+        "_node_id",
+        "_number",
+        "_started",
+        "_tip",
+        "accepted_nonce",
+        "accepted_version",
+        "deferred",
+        "forced",
+        "held",
+        "kept",
+        "last_error",
+        "live",
+        "names",
+        "pending",
+        "point",
+        "refused",
+        "refused_at",
+        "renew_at",
+        "type_url",
+        "unanswered",
+        "waiting_since",
+        "wildcard",
+    )
+
     def __init__(self, type_url: str, group: Group, node_id: str) -> None:
         self.type_url = type_url
         self.wildcard = False
-        self.names: set[str] = set()
+        self.names: Names = NONE
         self.held = Holding()
         self.pending: list[Pending] = []
         self.point: Point = ORIGIN
@@ -121,6 +159,8 @@ class Subscription:
         self.deferred: dict[str, Deferral] = {}
         self.kept: set[str] = set()
         """Names that were left alone because of an incomplete snapshot."""
+        self.renew_at: float | None = None
+        """When what has a time to live is renewed; None: the client has nothing of that kind."""
         self.refused: dict[str, Refusal] = {}
         self.refused_at = math.inf
         """The sequence of the oldest point of which something is refused."""
@@ -130,7 +170,7 @@ class Subscription:
         self.accepted_version = ""
         """Of all resources of the type, in that response."""
         self.forced: dict[str, None] = {}
-        """Names to be answered whatever the client has, in order."""
+        """Names to be answered whatever the client has."""
         self.unanswered = False
         """A response is due, even if it is empty."""
         self._group = group
@@ -142,7 +182,7 @@ class Subscription:
         """The set that was last examined for changes."""
         self._dirty: set[str] = set()
         """Names to examine in addition to what changed since `_tip`."""
-        self._isolated: deque[list[str]] = deque()
+        self._isolated: list[list[str]] = []
         """Members of refused responses, in parts that are to be sent on their own."""
         self._isolated_at = math.inf
         """The sequence of the oldest point that `_isolated` belongs to."""
@@ -153,6 +193,15 @@ class Subscription:
     def adding(self) -> bool:
         """Whether resources that are new to the client were sent and not answered."""
         return bool(self._isolated) or any(pending.adds and not pending.excused for pending in self.pending)
+
+    def is_at_rest(self, point: Point) -> bool:
+        """Whether there is nothing to look for as long as this is the newest point, and no request comes."""
+        return (
+            self.point is point
+            and self.waiting_since is None
+            and not (self.forced or self.unanswered or self.deferred or self.refused)
+            and not (self._dirty or self._isolated)
+        )
 
     def excuse(self) -> None:
         """Stop others from waiting for what is unanswered now."""
@@ -199,7 +248,20 @@ class Subscription:
         self.forced.update((name, None) for name in names if self._relevant(name))
 
     def _relevant(self, name: str) -> bool:
-        return self.wildcard or name in self.names
+        return self.wildcard or self.names.cover(name)
+
+    def _part(self, resources: ResourceSet) -> ResourceSet:
+        """Return what the client asks for of these."""
+        return resources if self.wildcard else resources.part(self.names)
+
+    def _expand(self, names: Iterable[str]) -> set[str]:
+        """Put members in the place of collections, except of empty ones."""
+        expanded = set(names)
+        if globs := expanded & self.names.globs:
+            members = members_of(globs, self._group.point[self.type_url])
+            expanded -= {glob_of(name) for name in members}
+            expanded |= members
+        return expanded
 
     def _wanted(self, name: str, point: Point) -> Resource | None:
         """Return what the client should have: what it has, if that is to be left alone."""
@@ -223,21 +285,22 @@ class Subscription:
         sent = self.sent(name)
         return sent is not None and not sent.delta_frame
 
-    def _answer(self, names: Iterable[str], phase: Phase) -> dict[str, Resource | None]:
-        """Return the resources that were asked for.
+    def _answer(self, names: Iterable[str], phase: Phase) -> Iterator[tuple[str, Resource | None]]:
+        """Return the resources that were asked for, with their names.
 
         A client waits for what it does not have, so this does not wait for `phase.target`.
         """
-        answers = {}
+        resources = phase.target[self.type_url]
+        get = resources.get
+        plain = not (self.refused or resources.held or phase.target.incomplete)
         for name in names:
-            resource = self._wanted(name, phase.target)
+            resource = get(name) if plain else self._wanted(name, phase.target)
             if resource is None:
                 resource = self._wanted(name, phase.newest)
             if resource is None and phase.newest.incomplete and self.sent(name) is not None:
                 self.kept.add(name)
             elif resource is None or resource.delta_frame:
-                answers[name] = resource
-        return answers
+                yield name, resource
 
     def _differences(self, names: Iterable[str], point: Point, phase: Phase) -> dict[str, Resource | None]:
         """Return what is to be sent of these names, so that the client has what it should have."""
@@ -277,6 +340,11 @@ class Subscription:
 
     # Sending.
 
+    @property
+    def _form(self) -> tuple[type["Subscription"], bool]:
+        """What clients that can be sent the same bytes have in common."""
+        return type(self), False
+
     def _encode(self, changes: Mapping[str, Resource | None], point: Point) -> Response:
         """Encode a response that is the same for all clients that get these changes."""
         raise NotImplementedError
@@ -284,9 +352,9 @@ class Subscription:
     def _send(self, changes: Mapping[str, Resource | None], phase: Phase) -> Response:
         """Send these changes, in bytes that others can have already."""
         point = phase.target if phase.target is not ORIGIN else phase.newest
-        key = (type(self), self.type_url, frozenset(changes.items()))
+        key = (self._form, self.type_url, frozenset(changes))
         response = point.shared.get(key)
-        if response is None or response.number <= self._number:
+        if response is None or response.number <= self._number or response.changes != changes:
             response = point.shared[key] = self._encode(dict(sorted(changes.items())), point)
         adds = any(resource is not None and self.sent(name) is None for name, resource in changes.items())
         return self._await(Pending(response, point.sequence, adds=adds))
@@ -304,9 +372,38 @@ class Subscription:
             self.pending[:2] = [Pending(merged, first.sequence, target=second.target, excused=True)]
         return pending.response
 
+    def heartbeat(self, now: float) -> Response | None:
+        """Return a response that renews the times to live of what the client has, if that is due.
+
+        It is for when there is nothing else to send; `now` in seconds of a monotonic clock.
+        """
+        expiring = self._expiring()
+        if not expiring:
+            self.renew_at = None
+            return None
+        interval = min(ttl for resource in expiring if (ttl := resource.ttl)).total_seconds() / 2
+        if self.renew_at is None or now < self.renew_at:
+            self.renew_at = min(now + interval, self.renew_at or math.inf)
+            return None
+        self.renew_at = now + interval
+        return self._renew(expiring, Phase(newest=self.point, target=self.point, now=now))
+
+    def _expiring(self) -> list[Resource]:
+        """Return what the client has that has a time to live."""
+        resources = self.point[self.type_url]
+        if not resources.expiring and self.renew_at is None:
+            return []
+        names = resources.expiring.union(resources.held, self.deferred, self.kept)
+        sent = [self.sent(name) for name in sorted(names) if self._relevant(name)]
+        return [resource for resource in sent if resource is not None and resource.ttl]
+
+    def _renew(self, expiring: list[Resource], phase: Phase) -> Response:
+        """Send a response that renews these, and changes nothing."""
+        raise NotImplementedError
+
     def _settle(self) -> None:
         """If nothing is unanswered, express what the client has in terms of where it was brought to."""
-        if not self.pending and self.wildcard and self.held.base is not self._tip:
+        if not self.pending and self.held.base is not self._tip:
             self.held.rebase(self._tip)
 
     # Answers.
@@ -321,7 +418,8 @@ class Subscription:
         """Note that the client has the changes of a response (ACK)."""
         self._hold(pending)
         self._settle()
-        self.live = True
+        # Before it got to any point it has only the first pieces, and the others must not wait.
+        self.live = self.live or self.point is not ORIGIN
         self.accepted_nonce, self.accepted_version = pending.response.nonce, pending.response.version
         self._group.accept(self.type_url, pending.response)
 
@@ -329,10 +427,10 @@ class Subscription:
         changes = pending.response.changes
         if pending.target is not None and pending.origin is self.held.base and not self.held.own:
             self.held.base = pending.target
-        elif self.wildcard:
+        elif self.wildcard or changes.keys() <= self.names:
             self.held.own.update(changes)
         else:
-            self.held.own.update((name, changes[name]) for name in changes.keys() & self.names)
+            self.held.own.update((name, changes[name]) for name in self.names.covered(changes.keys()))
 
     def _reject(self, pending: Pending, detail: str, wall_time: float, parts: int) -> None:
         """Roll back a refused response (NACK); send its members again in so many parts."""

@@ -13,13 +13,18 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crds.loader import Loaded, LoadedObject, combine, load
+from crds.loader import Loaded, Location, combine, load
 from crds.problems import ObjectKey, Problem, Severity
+from crds.unreadable import UnreadablePolicy
+from llmplane.sources.keeping import Keeper
 from llmplane.sources.lastgood import LastGood
 from llmplane.sources.state import SourceState
 from llmplane.sources.watch import changes
 
 _SUFFIXES = (".yaml", ".yml", ".json")
+
+_SOME_POLICY = UnreadablePolicy(ObjectKey("AuthorizationPolicy", "", ""), None)
+"""What a file that was never readable may hold."""
 
 
 _Stamp = tuple[int, int, int]
@@ -35,13 +40,21 @@ class _Listing:
 
     files: dict[Path, _Stamp]
     unreadable: dict[Path, str]
+    refused: set[Path]
+    """Those of the latter that are there, but whose content we do not get to see."""
+
+    def fail(self, path: Path, error: OSError) -> None:
+        """Note what the system says of a file or folder."""
+        self.unreadable[path] = f"cannot be read: {error.strerror}"
+        if not isinstance(error, FileNotFoundError):
+            self.refused.add(path)
 
     def add(self, path: Path) -> None:
         """Look at a file."""
         try:
             status = path.stat()
         except OSError as error:
-            self.unreadable[path] = f"cannot be read: {error.strerror}"
+            self.fail(path, error)
             return
         if stat.S_ISREG(status.st_mode):
             self.files[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -74,13 +87,9 @@ class FileSource:
     ) -> None:
         self._paths = tuple(paths)
         self._variables = variables
-        self._last_good = last_good
+        self._keeper = Keeper(last_good, variables)
         self._files: dict[Path, _File] = {}
-        self._objects: dict[ObjectKey, LoadedObject] = {}
-        self._held: frozenset[ObjectKey] = frozenset()
-        self._was_complete = last_good is not None and last_good.found
-        """A good version of everything was known once."""
-        self._listing = _Listing({}, {})
+        self._listing = _Listing({}, {}, set())
 
     async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
         """Yield the state now and whenever a file was replaced (by an equal one too), until ``stop`` is set.
@@ -94,15 +103,14 @@ class FileSource:
                 continue
             last = state
             yield state
-            if self._last_good and self._was_complete:
-                self._last_good.put(self._objects.values())
+            self._keeper.put_on_disk()
 
     def read(self) -> SourceState:
         """Read all files now; an object that did not change keeps its identity."""
         return self._read(self._list())
 
     def _read(self, listing: _Listing) -> SourceState:
-        unreadable = dict(listing.unreadable)
+        found = _Listing(listing.files, dict(listing.unreadable), set(listing.refused))
         files: dict[Path, _File] = {}
         for path, stamp in listing.files.items():
             known = self._files.get(path)
@@ -114,11 +122,13 @@ class FileSource:
                 # What is no UTF-8 becomes characters that no YAML may hold: it spoils its own document only.
                 text = path.read_bytes().decode(errors="surrogateescape")
             except OSError as error:
-                unreadable[path] = f"cannot be read: {error.strerror}"
+                found.fail(path, error)
                 continue
-            if not text and self._had_objects(path):
+            if not text and self._keeper.had_objects_of(str(path)):
                 # `generate > objects.yaml` has emptied the file long before it is written.
-                unreadable[path] = "is empty: its objects stay until something is written or it is deleted"
+                found.unreadable[path] = (
+                    "is empty: its objects stay until something is written or it is deleted"
+                )
             elif known is not None and known.text == text:
                 files[path] = replace(known, stamp=stamp, read_at=read_at)
             else:
@@ -126,12 +136,19 @@ class FileSource:
                 files[path] = _File(text, loaded, stamp, read_at)
         self._files = files
         problems = [
-            Problem(Severity.ERROR, str(path), 0, "", "", "", "", why) for path, why in unreadable.items()
+            Problem(Severity.ERROR, str(path), 0, "", "", "", "", why)
+            for path, why in found.unreadable.items()
         ]
-        return self._merge(problems)
+        # What was never read may be a policy.
+        closed = [
+            (_SOME_POLICY, Location(str(path), 0))
+            for path in sorted(found.refused)
+            if not self._keeper.had_objects_of(str(path))
+        ]
+        return self._merge(problems, closed)
 
     def _list(self) -> _Listing:
-        listing = _Listing({}, {})
+        listing = _Listing({}, {}, set())
         visited: set[Path] = set()
         for path in self._paths:
             if path.is_dir():
@@ -145,67 +162,26 @@ class FileSource:
         self._listing = self._list()
         return self._listing
 
-    def _had_objects(self, path: Path) -> bool:
-        name = str(path)
-        served = (item.file for item in self._objects.values())
-        return name in served or (self._last_good is not None and name in self._last_good.files())
-
-    def _merge(self, problems: list[Problem]) -> SourceState:
+    def _merge(
+        self, problems: list[Problem], closed: Sequence[tuple[UnreadablePolicy, Location]]
+    ) -> SourceState:
         """Put the files together, and keep what they do not tell."""
         loaded = combine(file.loaded for file in self._files.values())
         incomplete = bool(problems) or loaded.broken
-        problems.extend(loaded.problems)
-        objects = {item.key: self._same(item) for item in loaded.objects}
-        kept: set[ObjectKey] = set()
-        held: set[ObjectKey] = set()
-        complete = not incomplete
-        missing = {*loaded.invalid, *(self._known() if incomplete else ())} - objects.keys()
-        for key in missing:
-            version = self._last_version(key)
-            if version is None:
-                complete = False
-                # Secrets are not kept on disk: a provider that refers to this one has a key, but not here.
-                incomplete |= key.kind == "Secret"
-                continue
-            objects[key], has_keys = version
-            kept.add(key)
-            if not has_keys:
-                held.add(key)
-        self._objects = {key: objects[key] for key in sorted(objects)}
-        self._held = frozenset(held)
-        self._was_complete = self._was_complete or complete
-        problems.sort(key=lambda problem: (problem.file, problem.line))
-        return SourceState(
-            tuple(self._objects.values()),
-            tuple(problems),
-            frozenset(kept),
-            self._held,
-            incomplete,
-            unknown=not self._was_complete,
+        return self._keeper.merge(
+            replace(loaded, unreadable=(*loaded.unreadable, *closed)),
+            problems,
+            doubtful=self._keeper.known() if incomplete else (),
+            complete=not incomplete,
+            incomplete=incomplete,
         )
-
-    def _same(self, item: LoadedObject) -> LoadedObject:
-        """Give an object that was read again its identity back: what was made of it is still good."""
-        known = self._objects.get(item.key)
-        if known is None or known.object is item.object or known.digest != item.digest:
-            return item
-        return replace(item, object=known.object)
-
-    def _known(self) -> set[ObjectKey]:
-        return {*self._objects, *(self._last_good.keys() if self._last_good else ())}
-
-    def _last_version(self, key: ObjectKey) -> tuple[LoadedObject, bool] | None:
-        """Return the last good version of an object and whether its keys are known, None if there is none."""
-        if key in self._objects:
-            return self._objects[key], key not in self._held
-        return self._last_good.get(key, self._variables) if self._last_good else None
 
 
 def _walk(top: Path, visited: set[Path], listing: _Listing) -> None:
     """Add what is below a folder. Symbolic links are followed: volumes of Kubernetes consist of them."""
 
     def fail(error: OSError) -> None:
-        listing.unreadable[Path(error.filename)] = f"cannot be read: {error.strerror}"
+        listing.fail(Path(error.filename), error)
 
     for folder, folders, names in os.walk(top, onerror=fail, followlinks=True):
         real = Path(folder).resolve()

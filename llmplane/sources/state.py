@@ -1,9 +1,10 @@
 """What a source hands on: valid objects, what is wrong with the others, and what it cannot tell."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crds.loader import LoadedObject
 from crds.problems import ObjectKey, Problem
+from crds.unreadable import UnreadablePolicy
 from translator.world import MeshSettings, World
 
 
@@ -22,10 +23,23 @@ class SourceState:
     """Something cannot be read, and what is missing may be in it."""
     unknown: bool = False
     """No good version of what cannot be read is known here, but proxies may have it."""
+    unreadable: tuple[UnreadablePolicy, ...] = ()
+    """Security policies that cannot be read, and of which no good version is known."""
 
 
 def world_of(state: SourceState, mesh: MeshSettings) -> World:
     """Put the objects of a source into a world."""
     return World.of(
-        (item.object for item in state.objects), mesh, held=state.held, incomplete=state.incomplete
+        (item.object for item in state.objects),
+        mesh,
+        held=state.held,
+        incomplete=state.incomplete,
+        unreadable=(_placed(policy, mesh.config.root_namespace) for policy in state.unreadable),
     )
+
+
+def _placed(policy: UnreadablePolicy, root_namespace: str) -> UnreadablePolicy:
+    """Put a policy that may be of any namespace into the one whose policies are for all."""
+    if policy.key.namespace:
+        return policy
+    return replace(policy, key=policy.key._replace(namespace=root_namespace))

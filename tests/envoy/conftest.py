@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmplane.certificates import CertificateAuthority
 from llmplane.fakellm import FakeLLM, Host, SeenRequest, running_in_thread
-from llmplane.local import LocalMesh
+from llmplane.local import LocalGateway, LocalMesh
 from tests.support.client import ProxyClient
+from tests.support.envoy import has
 
 DASHSCOPE = "dashscope.aliyuncs.com"
 MOONSHOT = "api.moonshot.cn"
@@ -33,11 +35,19 @@ KEYS = {
 """The keys that the fake LLM accepts; KEYLESS takes requests without one."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(feature): what an Envoy that lacks it does is in test_versions")
+
+
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Everything in this folder needs a real Envoy."""
+    """Everything in this folder needs a real Envoy, and some of it one that is not too old."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.envoy)
+            for marker in item.iter_markers("needs"):
+                (feature,) = marker.args
+                if not has(feature):
+                    item.add_marker(pytest.mark.xfail(reason=f"needs {feature.what}", strict=False))
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,19 @@ class Lab:
         )
         return found["status"], found["reason"], found["message"]
 
-    def envoy_admin(self, path: str) -> str:
-        """Ask Envoy's admin interface, which is a Unix socket."""
-        (address,) = self.mesh.directory.glob("llmplane-*/*/admin.sock")
+    def start_gateway(self, workload: str = "istio-ingressgateway", **options: Any) -> LocalGateway:
+        """Start a gateway, by default on an address of its own."""
+        options.setdefault("bind_address", own_address())
+        return self.mesh.start_gateway(workload, **options)
+
+    def envoy_admin(self, path: str, workload: str = "sleep", *, method: str = "GET") -> str:
+        """Ask an Envoy's admin interface, which is a Unix socket."""
+        (address,) = self.mesh.directory.glob(f"llmplane-*/{workload}.*/admin.sock")
         connection = http.client.HTTPConnection("envoy-admin")
         connection.sock = socket.socket(socket.AF_UNIX)
         try:
             connection.sock.connect(str(address))
-            connection.request("GET", path)
+            connection.request(method, path)
             return connection.getresponse().read().decode()
         finally:
             connection.close()
@@ -91,7 +106,7 @@ class Lab:
 _numbers = itertools.cycle(range(1, 255))
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """Return a loopback address of this process: two Envoys that open one port share it without an error."""
     return f"127.{os.getpid() // 256 % 254 + 1}.{os.getpid() % 256}.{next(_numbers)}"
 
@@ -102,6 +117,7 @@ def running_lab(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
+    proxy_options: Sequence[str] = (),
     envoy_options: Sequence[str] = (),
 ) -> Iterator[Lab]:
     """Run a lab of one's own; `options` and `environment` are the control plane's."""
@@ -118,8 +134,9 @@ def running_lab(
                 serve_options=serve,
                 environment={"API_KEY_OF_DASHSCOPE": KEYS[DASHSCOPE], **(environment or {})},
                 labels=labels,
+                proxy_options=proxy_options,
                 envoy_options=envoy_options,
-                bind_address=_own_address(),
+                bind_address=own_address(),
             )
             with mesh:
                 yield Lab(mesh, fake, ProxyClient(mesh.bind_address), authority)

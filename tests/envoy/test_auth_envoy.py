@@ -20,7 +20,7 @@ from llmplane.certificates import CertificateAuthority
 from llmplane.envoy import find_envoy
 from llmplane.fakellm import FakeLLM, Host, running_in_thread
 from llmplane.local import LocalMesh, end, free_port
-from tests.envoy.conftest import DASHSCOPE, KEYS, _own_address
+from tests.envoy.conftest import DASHSCOPE, KEYS, own_address
 from tests.support.client import ProxyClient
 from tests.support.identities import MeshCA, Pair
 from tests.support.objects import provider
@@ -84,7 +84,7 @@ def running_secure_lab() -> Iterator[SecureLab]:
                 serve_options=[*serve, "--connect-to", f"{DASHSCOPE}:443:{fake.address}"],
                 namespace="team-a",
                 proxy_options=lab.options(ca=ca, pair=pair, token=lab.file("token", f"{TOKEN}\n")),
-                bind_address=_own_address(),
+                bind_address=own_address(),
             )
             (lab.directory / "config").mkdir()
             lab.file("config/objects.yaml", provider("team-a/dashscope", DASHSCOPE, KEYS[DASHSCOPE]))
@@ -167,7 +167,7 @@ def test_every_other_proxy_gets_nothing(secure_lab: SecureLab, wrong: str) -> No
         pair=pairs[given["pair"]].write(lab.directory, "wrong") if given["pair"] else None,
         token=lab.file("wrong-token", given["token"]) if given["token"] else None,
     )
-    options += ["--namespace", "team-a", "--label", "app=sleep", "--bind-address", _own_address()]
+    options += ["--namespace", "team-a", "--label", "app=sleep", "--bind-address", own_address()]
     options += ["--xds-address", f"{given['host']}:{lab.mesh.xds.port}"]
     command = [sys.executable, "-m", "llmplane", "proxy", "sidecar", "--workload", "sleep", *options]
     with tempfile.TemporaryDirectory(prefix="wrong-") as directory:
@@ -222,7 +222,7 @@ def test_a_printed_bootstrap_has_its_credentials_too(secure_lab: SecureLab, tmp_
     lab = secure_lab
     pair = (lab.directory / "client.pem", lab.directory / "client-key.pem")
     options = lab.options(ca=lab.directory / "ca.pem", pair=pair, token=lab.directory / "token")
-    options += ["--workload", "sleep", "--namespace", "team-a", "--bind-address", _own_address()]
+    options += ["--workload", "sleep", "--namespace", "team-a", "--bind-address", own_address()]
     options += ["--xds-address", str(lab.mesh.xds), "--admin-port", str(free_port())]
     command = [sys.executable, "-m", "llmplane", "bootstrap", "sidecar", *options]
     printed = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout

@@ -4,6 +4,8 @@ import json
 import shutil
 import socket
 import subprocess
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from llmplane.envoy import find_envoy
 from llmplane.fakellm import fingerprint
 from tests.support.compose import ROOT, NativeCompose
+from tests.support.wait import eventually
 
 DASHSCOPE = "dashscope.aliyuncs.com"
 MOONSHOT = "api.moonshot.cn"
@@ -30,6 +33,10 @@ def may_bind_low_ports() -> bool:
 
 
 needs_https_port = pytest.mark.skipif(not may_bind_low_ports(), reason="the fake LLM listens on port 443")
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("wget")),
+    reason="no prometheus and wget: sudo apt-get install prometheus wget",
+)
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="the client's commands are curl's")
 
 
@@ -46,18 +53,31 @@ def demo() -> Iterator[Demo]:
         yield Demo(compose, compose.run("client"))
 
 
+def values(address: str, query: str) -> dict[tuple[str, ...], float]:
+    """Ask Prometheus: the values of its series, by their labels' values."""
+    url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as answer:
+        series = json.load(answer)["data"]["result"]
+    return {tuple(each["metric"].values()): float(each["value"][1]) for each in series}
+
+
 @needs_https_port
 @needs_curl
 class TestComposeFile:
     """One run of the service `client`, with all that it depends on."""
 
     def test_the_client_gets_the_answers_of_the_documents(self, demo: Demo) -> None:
-        default, subscriber = (json.loads(line) for line in demo.output.splitlines()[:2])
+        default, subscriber, gateway = (json.loads(line) for line in demo.output.splitlines()[:3])
         assert default["model"] == "qwen-1.8b-chat"
         assert subscriber["model"] == "qwen-turbo"
+        assert gateway["model"] == "qwen-1.8b-chat"
+
+    def test_the_gateway_denies_its_own_address(self, demo: Demo) -> None:
+        assert demo.compose.run("denied-client") == "RBAC: access denied"
 
     def test_a_shared_host_is_answered_by_both_providers(self, demo: Demo) -> None:
-        lines = [line.split() for line in demo.output.splitlines()[3:]]  # as of `uniq -c`
+        lines = [line.split() for line in demo.output.splitlines()[4:]]  # as of `uniq -c`
         assert {what for _, what in lines} == {'"model":"qwen-1.8b-chat"', '"model":"moonshot-v1-8k"'}
         assert sum(int(count) for count, _ in lines) == 20
 
@@ -75,14 +95,30 @@ class TestComposeFile:
     def test_envoy_finds_control_plane_and_providers_by_their_names(self, demo: Demo) -> None:
         assert demo.compose.queries == {"control-plane", DASHSCOPE, MOONSHOT}
 
-    def test_the_lua_script_is_the_mounted_file(self, demo: Demo) -> None:
+    @pytest.mark.parametrize("envoy", ["envoy", "gateway"])
+    def test_the_lua_script_is_the_mounted_file(self, demo: Demo, envoy: str) -> None:
         """Its text does not travel with each provider (design decision 1)."""
-        socket_path = demo.compose.host_text("envoy", "/tmp/llmplane-admin.sock")  # noqa: S108
+        socket_path = demo.compose.host_text(envoy, "/tmp/llmplane-admin.sock")  # noqa: S108
         command = ["curl", "--silent", "--unix-socket", socket_path, "http://envoy/config_dump"]
         dump = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        assert demo.compose.host_text("envoy", "/etc/envoy/llm_provider.lua") in dump
+        assert demo.compose.host_text(envoy, "/etc/envoy/llm_provider.lua") in dump
         assert "function envoy_on_request" not in dump
         assert "sk-demo" not in dump
+
+    @needs_prometheus
+    def test_prometheus_reads_all_three(self, demo: Demo) -> None:
+        """Its targets are up, its rules are loaded, and it knows what the client's requests used."""
+        demo.compose.start("prometheus")
+        address = demo.compose.host_text("prometheus", "http://127.0.0.1:9090")
+        eventually(lambda: values(address, "sum by (job) (up)") == {("envoy",): 2, ("llmplane",): 1})
+        eventually(
+            lambda: (
+                values(address, "sum by (llmproxy_model) (asm_llm_proxy_prompt_tokens)").keys()
+                >= {("qwen-1.8b-chat",), ("qwen-turbo",), ("moonshot-v1-8k",)}
+            )
+        )
+        assert values(address, "llmplane_price_per_token")
+        assert demo.compose.log("prometheus") == ""
 
     def test_nobody_complains(self, demo: Demo) -> None:
         assert "error" not in demo.compose.log("control-plane").lower()

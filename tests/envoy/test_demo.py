@@ -31,6 +31,11 @@ def test_it_shows_every_scenario_of_the_documents() -> None:
     shares = re.findall(r"(\d+) of 20 went to (\S+), model (\S+)", done.stdout)
     assert sum(int(count) for count, _, _ in shares) == 20
     assert {host for _, host, _ in shares} == {"dashscope.aliyuncs.com", "api.moonshot.cn"}
+    gateway, denied = done.stdout.split("== Step 4: ")[1].split("== Step 5: ")
+    assert re.search(r"curl --location http://127[\d.]+:\d+ .* --header 'host: test.com'", gateway)
+    assert "the provider saw: dashscope.aliyuncs.com" in gateway
+    assert "\nRBAC: access denied\n" in denied
+    assert "the provider saw" not in denied
 
 
 def test_keep_leaves_it_running_until_ctrl_c_which_ends_everything(tmp_path: Path) -> None:
@@ -44,7 +49,7 @@ def test_keep_leaves_it_running_until_ctrl_c_which_ends_everything(tmp_path: Pat
         client = ProxyClient(address[1])
         assert client.request("dashscope.aliyuncs.com").json()["model"] == "qwen-1.8b-chat"
         children = _descendants(process.pid)
-        assert len(children) >= 2, "control plane and Envoy"
+        assert len(children) >= 3, "control plane and two Envoys"
     finally:
         process.send_signal(signal.SIGINT)
         code = process.wait(30)
@@ -91,7 +96,7 @@ def _descendants(pid: int) -> list[int]:
 
 def test_it_works_without_curl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.shutil, "which", lambda _: None)
-    monkeypatch.setattr(demo, "STEPS", demo.STEPS[:1])
+    monkeypatch.setattr(demo, "STEPS", (demo.STEPS[0], *demo.STEPS[3:]))
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert demo.run_demo(keep=False) == 0

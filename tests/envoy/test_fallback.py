@@ -14,9 +14,11 @@ from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab, running
 from tests.support.dns import DnsServer, asking, running_dns_server
 from tests.support.objects import backends, provider, route
 from tests.support.stream import running_piecewise_server
+from translator.features import Feature
 
 CHAT = "chat.example.com"
 A, B, C = DASHSCOPE, MOONSHOT, OPENAI
+FALLBACK = pytest.mark.needs(Feature.FALLBACK)
 
 PROVIDERS = {
     A: {"name": "a", "model": "model-a", "path": "/a/v1/chat/completions"},
@@ -95,6 +97,7 @@ def assert_answered_by(lab: Lab, host: str, after: tuple[str, ...] = ()) -> None
 # What moves a request on to the next provider
 
 
+@FALLBACK
 @pytest.mark.parametrize(
     "fault",
     [*(Fault(status=status) for status in (429, 500, 502, 503, 504)), Fault(reset=True)],
@@ -112,16 +115,19 @@ def test_an_answer_that_another_provider_would_give_too_is_no_reason(lab: Lab, s
     assert providers_asked(lab) == [A]
 
 
+@FALLBACK
 def test_a_refused_connection(lab: Lab) -> None:
     first_a_then_b(lab, a=llm(A, **refused()))
     assert_answered_by(lab, B)
 
 
+@FALLBACK
 def test_a_certificate_that_is_not_the_providers(lab: Lab) -> None:
     first_a_then_b(lab, a=llm(A, tls={"sni": "stranger.example.com"}))
     assert_answered_by(lab, B)
 
 
+@FALLBACK
 @pytest.mark.parametrize("addresses", [None, []], ids=["NXDOMAIN", "no address"])
 def test_a_name_that_does_not_resolve(lab: Lab, dns: DnsServer, addresses: list[str] | None) -> None:
     name = f"a-{'empty' if addresses is not None else 'unknown'}.test"
@@ -131,6 +137,7 @@ def test_a_name_that_does_not_resolve(lab: Lab, dns: DnsServer, addresses: list[
     assert name in dns.asked
 
 
+@FALLBACK
 def test_a_name_that_does_not_resolve_and_has_outlier_detection(lab: Lab, dns: DnsServer) -> None:
     """However often it failed: the guard that makes the fallback possible is never ejected itself."""
     dns.records = {}
@@ -148,6 +155,7 @@ def test_a_name_with_ipv6_addresses_is_reached_by_ipv4(lab: Lab, dns: DnsServer)
     assert_answered_by(lab, A)
 
 
+@FALLBACK
 def test_a_provider_that_is_ejected(lab: Lab) -> None:
     """After two failures in a row it is not asked any more, whatever becomes of the guard beside it."""
     outlier = {"consecutive5xxErrors": 2, "baseEjectionTime": "300s"}
@@ -160,6 +168,7 @@ def test_a_provider_that_is_ejected(lab: Lab) -> None:
     assert lab.envoy_admin("/clusters").count("failed_outlier_check") == 1
 
 
+@FALLBACK
 def test_a_time_limit_for_each_try(lab: Lab) -> None:
     first_a_then_b(lab, Fault(delay=5), retries={"attempts": 1, "perTryTimeout": "200ms"})
     assert_answered_by(lab, B, after=(A,))
@@ -191,6 +200,7 @@ def test_without_retries_and_priority_a_request_is_sent_once(lab: Lab, fault: Fa
     assert answer.error
 
 
+@FALLBACK
 @pytest.mark.parametrize("failure", ["refused", "certificate", "name"])
 def test_without_retries_and_priority_what_was_not_sent_moves_on(
     lab: Lab, dns: DnsServer, failure: str
@@ -222,15 +232,15 @@ def test_attempts_0_turns_the_fallback_off(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("retry_on", "fault", "moves_on"),
     [
-        ("429", Fault(status=429), True),
+        pytest.param("429", Fault(status=429), True, marks=FALLBACK),
         ("429", Fault(status=503), False),
         ("429", Fault(reset=True), False),
-        ("5xx", Fault(status=501), True),
+        pytest.param("5xx", Fault(status=501), True, marks=FALLBACK),
         ("5xx", Fault(status=429), False),
-        ("5xx", Fault(reset=True), True),
+        pytest.param("5xx", Fault(reset=True), True, marks=FALLBACK),
         ("gateway-error", Fault(status=500), False),
-        ("gateway-error,429", Fault(status=429), True),
-        ("reset", Fault(reset=True), True),
+        pytest.param("gateway-error,429", Fault(status=429), True, marks=FALLBACK),
+        pytest.param("reset", Fault(reset=True), True, marks=FALLBACK),
         ("reset", Fault(status=503), False),
         ("connect-failure", Fault(reset=True), False),
     ],
@@ -245,6 +255,7 @@ def test_an_explicit_list_counts_alone(lab: Lab, retry_on: str, fault: Fault, mo
 # Which one is next
 
 
+@FALLBACK
 def test_three_levels_of_priority(lab: Lab) -> None:
     lab.apply(llm(A), llm(B), llm(C), route("chat", CHAT, {"backendRefs": ordered(A, B, C)}))
     assert_answered_by(lab, A)
@@ -258,6 +269,7 @@ def test_three_levels_of_priority(lab: Lab) -> None:
     assert answer.error["message"] == "A fault that was asked for: 429.", "the last one's own answer"
 
 
+@pytest.mark.needs(Feature.PRIORITY_GROUPS)
 def test_weights_within_a_priority(lab: Lab) -> None:
     references = [
         {"providerHost": A, "weight": 1},
@@ -279,6 +291,7 @@ def test_weights_within_a_priority(lab: Lab) -> None:
         assert second == C
 
 
+@FALLBACK
 def test_of_equal_providers_each_is_tried_once(lab: Lab) -> None:
     rule = {"backendRefs": backends(A, B, C), "retries": {"attempts": 2}}
     lab.apply(llm(A), llm(B), llm(C), route("chat", CHAT, rule))
@@ -314,6 +327,7 @@ def test_a_pause_of_more_than_a_minute_is_not_waited_for(lab: Lab) -> None:
     assert providers_asked(lab) == [A, A]
 
 
+@FALLBACK
 def test_with_another_provider_nobody_waits(lab: Lab) -> None:
     first_a_then_b(lab, Fault(status=429, retry_after=50))
     assert lab.client.request(CHAT, timeout=30).status == 200, "before the time is up"
@@ -355,6 +369,7 @@ def test_a_slow_stream_is_not_cut(lab: Lab) -> None:
 # What is sent twice arrives whole; what began to be answered stays where it is
 
 
+@FALLBACK
 def test_a_10_mb_body_arrives_whole_at_the_second_provider(lab: Lab) -> None:
     first_a_then_b(lab, Fault(status=503))
     body = b'{"messages": [{"role": "user", "content": "%b"}]}' % (

@@ -173,9 +173,13 @@ def test_each_request_of_a_split_gets_what_belongs_to_its_provider(lab: Lab) -> 
     ("reference", "reason"),
     [
         ({"providerHost": "nowhere.example.com"}, "BackendNotFound"),
-        ({"backendRef": {"name": "llm", "port": 80}}, "UnsupportedKind"),
+        ({"backendRef": {"name": "llm", "port": 80}}, "BackendNotFound"),
+        (
+            {"backendRef": {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "llm"}},
+            "UnsupportedKind",
+        ),
     ],
-    ids=["unknown provider", "backendRef"],
+    ids=["unknown provider", "unknown Service", "InferencePool"],
 )
 def test_a_reference_that_leads_nowhere_costs_its_share_only(
     lab: Lab, reference: dict[str, Any], reason: str

@@ -18,7 +18,7 @@ import pytest
 
 from llmplane.bootstrap import ProxySettings, bootstrap
 from llmplane.local import HTTP_PROXY_PORT, LocalMesh
-from tests.envoy.conftest import _own_address
+from tests.envoy.conftest import own_address
 from tests.support.client import ProxyClient
 from tests.support.dns import asking
 from tests.support.envoy import Envoy, running_envoy
@@ -73,7 +73,7 @@ def mute_dns() -> Iterator[int]:
 def mesh() -> Iterator[LocalMesh]:
     """Give a control plane without a sidecar."""
     directory = Path(tempfile.mkdtemp(prefix="lab-"))
-    mesh = LocalMesh(directory, bind_address=_own_address())
+    mesh = LocalMesh(directory, bind_address=own_address())
     mesh.config.mkdir()
     try:
         mesh.start_control_plane()

@@ -204,6 +204,7 @@ def test_overrides_and_model_beat_the_client_who_beats_stream_and_defaults(lab: 
         **messages,
         "model": "qwen-turbo",
         "stream": True,
+        "stream_options": {"include_usage": True},  # so that its tokens are counted
         "temperature": 1,
         "top_p": None,
         "stop": ["END"],

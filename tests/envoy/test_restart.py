@@ -3,6 +3,8 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import Any
 
 import grpc
 import pytest
@@ -16,9 +18,10 @@ from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab
 from tests.support.load import running_load
 from tests.support.objects import provider
 from tests.support.wait import eventually
+from tests.xds.fleet import Fleet
 from translator.world import MeshSettings
 from xds import protos
-from xds.resources import CDS
+from xds.resources import CDS, LDS, SDS
 
 
 def dashscope(model: str) -> str:
@@ -61,6 +64,48 @@ def test_kill_9_under_load_loses_no_request_and_a_restart_sends_nothing_again(la
         reconnected(lab)
         load.wait_for_more()
     assert updates(lab) == before, "the versions are hashes of the content: Envoy has them all"
+
+
+async def test_kill_9_under_load_with_many_proxies_brings_them_all_back(lab: Lab) -> None:
+    """Those of the incremental variant are sent nothing; and then a stop by SIGTERM is quick."""
+    await asyncio.to_thread(lab.apply, dashscope("qwen"))
+    fleet = Fleet(200, node=_node, wants={CDS: (), LDS: (), SDS: ("api-key/default/dashscope",)})
+    before = await asyncio.to_thread(updates, lab)
+
+    def all_synced() -> bool:
+        states = [proxy["state"] for proxy in lab.mesh.status()["proxies"]]
+        return states == ["SYNCED"] * 201
+
+    with ExitStack() as stack:
+        load = await asyncio.to_thread(
+            stack.enter_context, running_load(lab.mesh.http_proxy, DASHSCOPE, ["qwen"])
+        )
+        async with fleet.connected(str(lab.mesh.xds)):
+            await fleet.until(lambda proxy: proxy.received.count(SDS) == 1)
+            await asyncio.to_thread(eventually, all_synced)
+            kill(lab)
+            await fleet.until(lambda proxy: proxy.end is grpc.StatusCode.UNAVAILABLE)
+        await asyncio.to_thread(load.wait_for_more)
+        await asyncio.to_thread(lab.mesh.start_control_plane)
+        async with fleet.connected(str(lab.mesh.xds)):
+            await asyncio.to_thread(eventually, all_synced)
+            assert {tuple(proxy.received) for proxy in fleet.members if proxy.delta} == {()}
+            control_plane = lab.mesh.control_plane
+            assert control_plane
+            control_plane.terminate()
+            assert await asyncio.to_thread(control_plane.wait, 10) == 0
+            await fleet.until(lambda proxy: proxy.end is grpc.StatusCode.UNAVAILABLE)
+        await asyncio.to_thread(lab.mesh.start_control_plane)
+        await asyncio.to_thread(reconnected, lab)
+        await asyncio.to_thread(stack.close)
+    assert await asyncio.to_thread(updates, lab) == before
+
+
+def _node(number: int) -> Any:
+    return protos.Node(
+        id=f"sidecar~127.0.0.1~simulated-{number}.default~x",
+        metadata={"NAMESPACE": "default", "WORKLOAD_NAME": f"simulated-{number % 20}"},
+    )
 
 
 def test_edits_while_it_was_dead_are_applied_after_the_restart(lab: Lab) -> None:

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from tests.support.envoy import Envoy, running_envoy
 from tests.support.upstream import Received, Upstream, running_upstream
 from translator.lua import CREDENTIAL_HEADER, SCRIPT, Member, Operation, filter_context
+from translator.operations import STREAM_USAGE
 
 pytestmark = pytest.mark.envoy
 
@@ -61,6 +62,15 @@ MERGES = {
         force("metadata", "tenant", value='"t-1"'),
         fill("metadata", "tier", value='{"level": [1, 2]}'),
         fill("model", value='"qwen-plus"'),
+    ),
+    "streams": (fill("temperature", value="0.30"), STREAM_USAGE),
+    "streams-by-default": (
+        fill("stream", value="true"),
+        Member(("stream_options", "include_usage"), "true", "fill_stream"),
+    ),
+    "streams-only": (
+        force("stream", value="true"),
+        Member(("priority",), '"high"', "fill_stream"),
     ),
 }
 
@@ -401,10 +411,18 @@ def object_of(members: Sequence[Member], level: int) -> str:
     return "{" + ",".join(texts) + "}"
 
 
+def for_this_stream(text: str, members: Sequence[Member]) -> Sequence[Member]:
+    """Return the members without those for streams, or with them filled in, as the final `stream` says."""
+    rest = [member for member in members if member.mode != "fill_stream"]
+    if merged_value(json.loads(text), rest).get("stream") is not True:
+        return rest
+    return rest + [replace(member, mode="fill") for member in members if member.mode == "fill_stream"]
+
+
 def merged_bytes(body: bytes, members: Sequence[Member]) -> bytes:
     text = body.decode("latin-1")
     start = skip(text, 0)
-    new, end = merged_text(text, start, members)
+    new, end = merged_text(text, start, for_this_stream(text, members))
     return (text[:start] + new + text[end:]).encode("latin-1")
 
 
@@ -439,6 +457,7 @@ class Bodies:
         '"temperature"',
         '"stream_options"',
         '"metadata"',
+        '"priority"',
     )
     INNER = ('"include_usage"', '"tenant"', '"ti\\u0065r"', '"tier"', '"model"', '""', '"x"')
     NUMBERS = ("0", "-0", "-0.0e-0", "1.0", "1e308", "1E+2", "12345678901234567890", "0.1e-7", "-12", "9e9")
@@ -488,6 +507,8 @@ class Bodies:
             self.random.choice(keys) + self.space() + ":" + self.space() + self.value(depth)
             for _ in range(self.random.randrange(6))
         ]
+        if depth == 0 and self.random.random() < 0.4:
+            members.insert(self.random.randrange(len(members) + 1), '"stream":true')
         return "{" + self.space() + (self.space() + "," + self.space()).join(members) + self.space() + "}"
 
     def valid(self) -> bytes:
@@ -529,7 +550,8 @@ def test_any_body_is_merged_or_refused_as_python_would(world: World, merge: str)
             continue
         assert result == merged_bytes(body, members), body
         text = result.decode("latin-1")
-        assert json.loads(text) == merged_value(json.loads(body.decode("latin-1")), members), body
+        before = body.decode("latin-1")
+        assert json.loads(text) == merged_value(json.loads(before), for_this_stream(before, members)), body
     assert verdicts == {True, False}
 
 

@@ -1,10 +1,12 @@
 """Objects in, Envoy configuration out: each case is a file of objects and, beside it, what a sidecar gets.
 
-`cases/NAME.yaml` may begin with `# proxy: namespace=NS k=v ...` for a sidecar in another namespace or with
-labels. A stock Envoy accepts every golden file.
+`cases/NAME.yaml` may begin with `# proxy: [gateway] namespace=NS k=v ...` for a gateway, another namespace or
+labels, and have a line `# mesh: {...}` with a mesh configuration in JSON. A stock Envoy accepts every golden
+file.
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,25 @@ from typing import Any
 import pytest
 import yaml
 
+from crds.meshconfig import MeshConfig
 from crds.problems import Severity
 from llmplane import offline
+from llmplane.certificates import CertificateAuthority, write_pair
 from llmplane.envoy import find_envoy
 from translator import lua
-from translator.proxy import Proxy, ProxyType
+from translator.proxy import Proxy, ProxyType, WorkloadCertificate
 from translator.world import MeshSettings
 
 CASES = Path(__file__).parent / "cases"
-VARIABLES = {"API_KEY_OF_DASHSCOPE": "sk-golden-dashscope", "API_KEY_OF_MOONSHOT": "sk-golden-moonshot"}
+VARIABLES = {
+    "API_KEY": "sk-golden",
+    "API_KEY_OF_DASHSCOPE": "sk-golden-dashscope",
+    "API_KEY_OF_MOONSHOT": "sk-golden-moonshot",
+}
 SCRIPT = "/etc/envoy/llm_provider.lua"
+CERTIFICATE = WorkloadCertificate(
+    "/etc/certs/cert-chain.pem", "/etc/certs/key.pem", "/etc/certs/root-cert.pem"
+)
 
 
 def inputs() -> list[Path]:
@@ -31,15 +42,23 @@ def inputs() -> list[Path]:
 def proxy_of(case: Path) -> Proxy:
     first = case.read_text(encoding="utf-8").splitlines()[0]
     words = first.removeprefix("# proxy:").split() if first.startswith("# proxy:") else []
-    labels = dict(word.split("=", 1) for word in words)
+    kind = ProxyType.ROUTER if "gateway" in words else ProxyType.SIDECAR
+    labels = dict(word.split("=", 1) for word in words if word != "gateway")
     namespace = labels.pop("namespace", "default")
     scripts = frozenset({(lua.SCRIPT_SHA256, SCRIPT)})
-    return Proxy(ProxyType.SIDECAR, namespace, "sleep", frozenset(labels.items()), scripts=scripts)
+    workload = "sleep" if kind is ProxyType.SIDECAR else "gateway"
+    found = frozenset(labels.items())
+    return Proxy(kind, namespace, workload, found, scripts=scripts, certificate=CERTIFICATE)
+
+
+def mesh_of(case: Path) -> MeshSettings:
+    (config,) = re.findall(r"^# mesh: (.*)$", case.read_text(encoding="utf-8"), re.MULTILINE) or ["{}"]
+    return MeshSettings(config=MeshConfig.model_validate(json.loads(config)), trusted_ca=b"PEM")
 
 
 @pytest.mark.parametrize("case", inputs(), ids=lambda case: str(case.stem))
 def test_translation(case: Path, update_golden: bool) -> None:
-    text, problems = offline.translate([case], proxy_of(case), MeshSettings(trusted_ca=b"PEM"), VARIABLES)
+    text, problems = offline.translate([case], proxy_of(case), mesh_of(case), VARIABLES)
     assert all(problem.severity is Severity.WARNING for problem in problems)
     assert "sk-golden" not in text, "a key shows"
     expected = case.with_suffix(".envoy.yaml")
@@ -66,27 +85,42 @@ def as_bootstrap(resources: list[dict[str, Any]], folder: Path) -> dict[str, Any
     of: dict[str, list[dict[str, Any]]] = {}
     for resource in resources:
         of.setdefault(resource.pop("@type").rpartition(".")[2], []).append(resource)
-    routes = {routes["name"]: routes for routes in of.get("RouteConfiguration", [])}
+    named = {
+        one["name"]: one
+        for kind in ("RouteConfiguration", "TypedExtensionConfig")
+        for one in of.get(kind, [])
+    }
     static = {
-        "clusters": [_static(cluster, routes, script) for cluster in of.get("Cluster", [])],
-        "listeners": [_static(listener, routes, script) for listener in of.get("Listener", [])],
-        "secrets": [_secret(secret) for secret in of.get("Secret", [])],
+        "clusters": [_static(cluster, named, script) for cluster in of.get("Cluster", [])],
+        "listeners": [_static(listener, named, script) for listener in of.get("Listener", [])],
+        "secrets": [_secret(secret, folder) for secret in of.get("Secret", [])],
     }
     return {"node": {"id": "golden", "cluster": "golden"}, "static_resources": static}
 
 
-def _static(value: Any, routes: dict[str, Any], script: Path) -> Any:
+def _static(value: Any, named: dict[str, Any], script: Path) -> Any:
+    """Put what is referred to by name in the place of its name."""
     if isinstance(value, list):
-        return [_static(item, routes, script) for item in value]
+        return [_static(item, named, script) for item in value]
     if not isinstance(value, dict):
         return str(script) if value == SCRIPT else value
-    made = {name: _static(item, routes, script) for name, item in value.items() if name != "sds_config"}
+    if "config_discovery" in value:
+        config = _static(named[value["name"]]["typed_config"], named, script)
+        return {"name": value["name"], "typed_config": config}
+    if value.keys() == {"client", "key"}:  # a client's API key, which is redacted; Envoy wants different ones
+        return {**value, "key": f"key-{id(value)}"}
+    made = {name: _static(item, named, script) for name, item in value.items() if name != "sds_config"}
     if "rds" in made:
-        made["route_config"] = {**routes[made.pop("rds")["route_config_name"]], "validate_clusters": False}
+        made["route_config"] = {**named[made.pop("rds")["route_config_name"]], "validate_clusters": False}
     return made
 
 
-def _secret(secret: dict[str, Any]) -> dict[str, Any]:
+def _secret(secret: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if "tls_certificate" in secret:
+        files = folder / "cert.pem", folder / "key.pem"
+        write_pair(*files, CertificateAuthority.create().issue("localhost"))
+        parts = zip(("certificate_chain", "private_key"), files, strict=True)
+        return {**secret, "tls_certificate": {part: {"filename": str(file)} for part, file in parts}}
     if "generic_secret" in secret:
         return {**secret, "generic_secret": {"secret": {"inline_string": "some-key"}}}
     if "validation_context" in secret:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,10 +67,10 @@ class ProxyClient:
         timeout: float = 30,
     ) -> Iterator[http.client.HTTPResponse]:
         """Send one request on a connection of its own, and yield the answer once its headers are there."""
-        connection = http.client.HTTPConnection(*self._address, timeout=timeout)
+        connection = self._connection(host, timeout)
         try:
-            # A name on the request line and in Host, as proxies get it.
-            connection.putrequest(method, f"http://{host}{path}", skip_host=True, skip_accept_encoding=True)
+            target = self._target(host, path)
+            connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
             connection.putheader("Host", host)
             given = {name.lower() for name in headers or {}}
             if body is not None and "content-length" not in given and "transfer-encoding" not in given:
@@ -92,3 +93,35 @@ class ProxyClient:
             response.begin()
             answer_headers = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, answer_headers, response.read())
+
+    def _connection(self, host: str, timeout: float) -> http.client.HTTPConnection:  # noqa: ARG002
+        return http.client.HTTPConnection(*self._address, timeout=timeout)
+
+    def _target(self, host: str, path: str) -> str:
+        # A name on the request line and in Host, as proxies get it.
+        return f"http://{host}{path}"
+
+
+class GatewayClient(ProxyClient):
+    """Sends requests as `curl http://ADDRESS:PORT/PATH --header 'host: HOST'` does, or over TLS.
+
+    `tls` is what a connection for the TLS server name `sni` (default: the host) is made with.
+    """
+
+    def __init__(
+        self, address: str, port: int = 80, tls: ssl.SSLContext | None = None, sni: str | None = None
+    ) -> None:
+        super().__init__(address, port)
+        self._tls = tls
+        self._sni = sni
+
+    def _connection(self, host: str, timeout: float) -> http.client.HTTPConnection:
+        connection = super()._connection(host, timeout)
+        if self._tls is not None:
+            connection.sock = self._tls.wrap_socket(
+                socket.create_connection(self._address, timeout), server_hostname=self._sni or host
+            )
+        return connection
+
+    def _target(self, host: str, path: str) -> str:  # noqa: ARG002
+        return path

@@ -1,8 +1,8 @@
 """docker-compose.yaml and Dockerfile without Docker: what they say, and their commands as processes.
 
 A service gets an address of its own in 127.0.0.0/8, a volume is a folder, and the DNS of the compose network
-is a server that only this Envoy asks. Commands, environments, health checks and the order of starting are
-those of the two files.
+is a server that only the Envoys ask; curl and Prometheus get it as settings. Commands, environments, health
+checks and the order of starting are those of the two files.
 """
 
 import json
@@ -32,6 +32,8 @@ from llmplane.local import end
 ROOT = Path(__file__).parents[2]
 OWN_IMAGE = "llmplane"
 _START_SECONDS = 30
+_DENIED = "本机IP"
+"""Whom the gateway denies: an address as the gateway's network has it."""
 
 
 def compose_file() -> dict[str, Any]:
@@ -124,6 +126,14 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
         assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}{self._logs()}"
         return done.stdout
 
+    def start(self, name: str) -> None:
+        """Start a service and all that it depends on, and wait until it is healthy.
+
+        Raises AssertionError if one does not become so.
+        """
+        self._start(name)
+        self._wait_until_healthy(name)
+
     def log(self, name: str) -> str:
         """Return what a service has written so far."""
         return (self._folder(name) / "log").read_text(encoding="utf-8", errors="replace")
@@ -133,7 +143,8 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
         replace = {**self._mounts(name), "/tmp/": f"{self._folder(name)}/"}  # noqa: S108 - the container's
         replace |= dict.fromkeys(("127.0.0.1", "0.0.0.0"), self._address(name))  # noqa: S104 - in the file
         # Longest first and in one pass: what was put in is not looked at again.
-        pattern = "|".join(re.escape(key) for key in sorted(replace, key=len, reverse=True))
+        keys = sorted(replace, key=len, reverse=True)
+        pattern = "|".join(rf"(?<!\w){re.escape(key)}" for key in keys)  # not `/prometheus` of another path
         return re.sub(pattern, lambda match: replace[match[0]], text)
 
     def _start(self, name: str) -> None:
@@ -147,9 +158,8 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
 
     def _start_dependencies(self, name: str) -> None:
         for dependency, needs in self.services[name].get("depends_on", {}).items():
-            self._start(dependency)
-            if needs["condition"] == "service_healthy":
-                self._wait_until_healthy(dependency)
+            assert needs["condition"] == "service_healthy"
+            self.start(dependency)
 
     def _wait_until_healthy(self, name: str) -> None:
         check = self.services[name].get("healthcheck", {}).get("test") or ["CMD", *image("HEALTHCHECK")]
@@ -180,12 +190,16 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
 
     def _environment(self, name: str) -> dict[str, str]:
         service = self.services[name]
-        environment = {"HOME": str(self._folder(name)), "TMPDIR": str(self._folder(name))}
+        environment: dict[str, str] = {}
         if service["image"] == OWN_IMAGE:
             given = [item.text for item in dockerfile()[-1] if item.name == "ENV"]
             environment |= dict(item.split("=", 1) for item in given)
         environment |= service.get("environment", {})
-        return {key: self.host_text(name, value) for key, value in environment.items()} | {"PATH": self._path}
+        translated = {key: self.host_text(name, value) for key, value in environment.items()}
+        if _DENIED in environment:
+            translated[_DENIED] = self.host_text("gateway", environment[_DENIED])
+        folder = str(self._folder(name))
+        return {"HOME": folder, "TMPDIR": folder, **translated, "PATH": self._path}
 
     def _mounts(self, name: str) -> dict[str, str]:
         """Container path -> path on this machine, of the volumes of a service."""
@@ -201,13 +215,17 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         path = ROOT / source
-        if path.suffix != ".json":
+        if path.suffix not in {".json", ".yml"}:
             return path
         # A configuration file, which itself speaks of paths and addresses; made when it is first looked at.
         copy = self._folder(name) / Path(target).name
         if not copy.exists():
             copy.touch()
-            copy.write_text(self.host_text(name, path.read_text(encoding="utf-8")), encoding="utf-8")
+            text = self.host_text(name, path.read_text(encoding="utf-8"))
+            if path.suffix == ".yml":  # Prometheus' targets; it asks the DNS of this machine
+                names = "|".join(map(re.escape, self._names()))
+                text = re.sub(rf"\b({names})(?=:\d)", lambda match: self._names()[match[1]], text)
+            copy.write_text(text, encoding="utf-8")
         return copy
 
     def _address(self, name: str) -> str:
@@ -224,7 +242,11 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
 
     def _folder(self, name: str) -> Path:
         folder = self._directory / name
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
+            names = self._names().items()
+            settings = [f'connect-to = "{host}::{address}:"\n' for host, address in names if "." not in host]
+            (folder / ".curlrc").write_text("".join(settings), encoding="utf-8")
         return folder
 
     def _logs(self) -> str:

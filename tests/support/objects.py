@@ -40,6 +40,26 @@ def backends(*hosts: str) -> list[dict[str, Any]]:
     return [{"providerHost": host} for host in hosts]
 
 
+def gateway(name: str, *servers: dict[str, Any], **spec: Any) -> str:
+    """Return a Gateway, by default for the workloads with the label ``istio: ingressgateway``."""
+    text = _object(
+        "Gateway", name, {"selector": {"istio": "ingressgateway"}, "servers": list(servers), **spec}
+    )
+    return text.replace(API_VERSION, "networking.istio.io/v1")
+
+
+def server(*hosts: str, protocol: str = "HTTP", number: int = 80, **more: Any) -> dict[str, Any]:
+    """Return a server of a Gateway; its port is named by protocol and number."""
+    port = {"name": f"{protocol.lower()}-{number}", "number": number, "protocol": protocol}
+    return {"hosts": list(hosts or ("*",)), "port": port, **more}
+
+
+def service(name: str, selector: dict[str, str], *ports: tuple[int, int | str]) -> str:
+    """Return a Service with these ports and the target ports of each."""
+    spec = {"selector": selector, "ports": [{"port": port, "targetPort": target} for port, target in ports]}
+    return _object("Service", name, spec).replace(API_VERSION, "v1")
+
+
 def secret(name: str, values: dict[str, str]) -> str:
     """Return a Secret with these values in clear."""
     return json.dumps(

@@ -1,12 +1,14 @@
 """What stands in for refused resources is kept on disk, and never a secret."""
 
+import base64
+import json
 from pathlib import Path
 
 from structlog.testing import capture_logs
 
 from llmplane.acknowledged import AcknowledgedFile
 from xds import protos
-from xds.resources import CDS, SDS, Resource
+from xds.resources import CDS, ECDS, SDS, Resource
 
 REFUSED = (CDS, "a", "0123456789abcdef")
 
@@ -33,6 +35,25 @@ def test_secrets_are_not_kept(tmp_path: Path) -> None:
     secret = protos.Secret(name="a", generic_secret={"secret": {"inline_string": "sk-secret"}})
     AcknowledgedFile(file).put((SDS, "a", "0123456789abcdef"), Resource.of(secret))
     assert not file.exists()
+
+
+def test_keys_of_clients_are_not_kept_and_other_policies_are(tmp_path: Path) -> None:
+    file = AcknowledgedFile(tmp_path / "file.json")
+    credentials = [{"key": "sk-secret", "client": "alice"}]
+    for name, config in (
+        ("api_keys", protos.ApiKeyAuth(credentials=credentials)),
+        ("policies", protos.RBAC()),
+    ):
+        policy = protos.TypedExtensionConfig(name=name, typed_config=protos.pack(config))
+        file.put((ECDS, name, "0123456789abcdef"), Resource.of(policy))
+    assert file.get((ECDS, "api_keys", "0123456789abcdef")) is None
+    assert file.get((ECDS, "policies", "0123456789abcdef"))
+    assert b"sk-secret" not in base64_of(tmp_path / "file.json")
+
+
+def base64_of(file: Path) -> bytes:
+    """Return all that is encoded in a file."""
+    return b"".join(base64.b64decode(record["body"]) for record in json.loads(file.read_text()))
 
 
 def test_the_oldest_are_forgotten(tmp_path: Path) -> None:

@@ -8,15 +8,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import structlog
 from structlog.testing import capture_logs
 
+import xds.server
 from crds.loader import load
 from llmplane.address import Address
 from llmplane.auth import (
+    ClientCA,
     CredentialsError,
     FileAuthenticator,
     Grant,
@@ -91,7 +94,10 @@ class Server:
             credentials = files.credentials()
         token_file = self.directory / "tokens"
         token_file.write_text(tokens)
-        authenticator = FileAuthenticator(TokenFile(token_file) if tokens else None, certificates=mutual)
+        authenticator = FileAuthenticator(
+            TokenFile(token_file) if tokens else None,
+            ClientCA(self.directory / "mesh.pem") if mutual else None,
+        )
         control_plane = ControlPlane(Objects(), MeshSettings(), authenticator=authenticator)
         stop = asyncio.Event()
         addresses = Address("127.0.0.1", self.port), Address("127.0.0.1", 0)
@@ -115,15 +121,32 @@ class Server:
         workload: str = "sleep",
     ) -> Outcome:
         """Open a stream as a proxy of a namespace, and ask for the provider's key."""
+        async with self.channel(tls=tls, pair=pair) as channel:
+            outcome, call = await self.ask_on(channel, namespace, token, labels, workload)
+            if call:
+                call.cancel()
+            return outcome
+
+    def channel(self, *, tls: bool = True, pair: Pair | None = None) -> grpc.aio.Channel:
+        """Make a connection of one's own."""
         local = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
         target = f"localhost:{self.port}"
-        if tls:
-            names = (pair.key, pair.certificate) if pair else (None, None)
-            channel = grpc.aio.secure_channel(
-                target, grpc.ssl_channel_credentials(self.authority.pem, *names), local
-            )
-        else:
-            channel = grpc.aio.insecure_channel(target, local)
+        if not tls:
+            return grpc.aio.insecure_channel(target, local)
+        names = (pair.key, pair.certificate) if pair else (None, None)
+        return grpc.aio.secure_channel(
+            target, grpc.ssl_channel_credentials(self.authority.pem, *names), local
+        )
+
+    async def ask_on(
+        self,
+        channel: grpc.aio.Channel,
+        namespace: str = "team-a",
+        token: str | None = None,
+        labels: dict[str, str] | None = None,
+        workload: str = "sleep",
+    ) -> tuple[Outcome, Any]:
+        """Do the same on a connection; return the stream, too, if it is open."""
         metadata = [("authorization", token)] if token is not None else []
         node = {"id": f"sidecar~127.0.0.1~{workload}.{namespace}~x", "metadata": {}}
         request = protos.DeltaDiscoveryRequest(
@@ -132,20 +155,19 @@ class Server:
         request.node.metadata.update(
             {"NAMESPACE": namespace, "WORKLOAD_NAME": workload, "LABELS": labels or {}}
         )
-        async with channel, asyncio.timeout(20):
+        async with asyncio.timeout(20):
             call = channel.stream_stream(f"/{AGGREGATED}/DeltaAggregatedResources")(metadata=metadata)
             try:
                 await call.write(request.SerializeToString())
                 data = await call.read()
             except grpc.aio.AioRpcError as error:
-                return Outcome(status=error.code(), details=error.details() or "")
+                return Outcome(status=error.code(), details=error.details() or ""), None
             except asyncio.InvalidStateError:  # the stream ended before the request was out
                 data = grpc.aio.EOF
             if not isinstance(data, bytes):
-                return Outcome(status=await call.code(), details=await call.details())
+                return Outcome(status=await call.code(), details=await call.details()), None
             response = protos.DeltaDiscoveryResponse.FromString(data)
-            call.cancel()
-            return Outcome(len(response.resources), KEY.encode() in data)
+            return Outcome(len(response.resources), KEY.encode() in data), call
 
 
 @pytest.fixture
@@ -418,6 +440,86 @@ async def test_a_new_client_ca_is_used_without_a_restart(server: Server) -> None
         (server.directory / "mesh.pem").write_bytes(server.mesh.pem)
         assert (await server.ask(pair=old)).status is UNAVAILABLE
         assert (await server.ask(pair=server.mesh.issue(name))).has_key
+
+
+# Credentials that are taken away while a stream is open
+
+
+async def ended(call: Any) -> tuple[grpc.StatusCode, str]:
+    """Wait until the server ends a stream; say how."""
+    async with asyncio.timeout(20):
+        return await call.code(), await call.details()
+
+
+def check_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xds.server, "RECHECK", 0.02)
+
+
+async def test_a_token_that_is_taken_away_ends_the_streams_of_it_and_no_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may also be moved to another namespace or workload, or to other labels."""
+    check_often(monkeypatch)
+    file = server.directory / "tokens"
+    async with (
+        server.running(tokens=f"team-a {TOKEN_A}\n* {TOKEN_B}"),
+        server.channel(tls=False) as one,
+        server.channel(tls=False) as other,
+    ):
+        _, stays = await server.ask_on(other, token=f"Bearer {TOKEN_B}")
+        for taken, status, reason in (
+            (f"* {TOKEN_B}", UNAUTHENTICATED, "the bearer token is not known"),
+            (f"team-b {TOKEN_A}\n* {TOKEN_B}", DENIED, "is not what the credentials are for: team-b"),
+            (f"team-a/chat {TOKEN_A}\n* {TOKEN_B}", DENIED, "the credentials are for: team-a/chat"),
+            (f"team-a app=x {TOKEN_A}\n* {TOKEN_B}", UNAVAILABLE, "stand for another proxy now"),
+        ):
+            outcome, call = await server.ask_on(one, token=f"Bearer {TOKEN_A}")
+            assert outcome.has_key
+            file.write_text(taken)
+            code, details = await ended(call)
+            assert (code, reason in details) == (status, True), details
+            file.write_text(f"team-a {TOKEN_A}\n* {TOKEN_B}")
+        assert not stays.done()
+        file.write_text("no tokens")
+        await asyncio.sleep(0.1)
+        assert not stays.done(), "a broken file takes nothing away"
+
+
+async def test_a_ca_that_is_taken_away_ends_the_streams_of_its_certificates_and_no_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a new stream begin on a connection that was verified before."""
+    check_often(monkeypatch)
+    name = "spiffe://cluster.local/ns/team-a/sa/sleep"
+    other_ca = MeshCA()
+    file = server.directory / "mesh.pem"
+    async with (
+        server.running(mutual=True),
+        server.channel(pair=server.mesh.issue(name)) as one,
+        server.channel(pair=other_ca.intermediate().issue(name)) as other,
+    ):
+        file.write_bytes(server.mesh.pem + other_ca.pem)
+        _, ends = await server.ask_on(one)
+        _, stays = await server.ask_on(other)
+        file.write_bytes(other_ca.pem)
+        why = "the client certificate is of a CA that is not trusted any more"
+        assert await ended(ends) == (UNAUTHENTICATED, why)
+        assert (await server.ask_on(one))[0].status in (UNAUTHENTICATED, UNAVAILABLE)
+        assert not stays.done()
+
+
+def test_a_certificate_is_no_authority(tmp_path: Path) -> None:
+    """What somebody signed with the key of a client certificate is of no CA."""
+    mesh, file = MeshCA(), tmp_path / "ca.pem"
+    file.write_bytes(mesh.pem)
+    authority = ClientCA(file)
+    good = mesh.intermediate()
+    pair = good.issue("sleep.team-a")
+    assert authority.issued(pair.certificate)
+    assert not authority.issued(pair.certificate.partition(b"-----END CERTIFICATE-----\n")[0])
+    fake = mesh.intermediate(is_ca=False).issue("sleep.team-a")
+    for chain in (fake.certificate, MeshCA().issue("sleep.team-a").certificate, b"", b"no certificate"):
+        assert not authority.issued(chain)
 
 
 async def test_half_of_a_new_pair_is_not_used(server: Server) -> None:

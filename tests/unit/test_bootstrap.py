@@ -14,7 +14,7 @@ import llmplane.envoy
 from llmplane.bootstrap import ProxySettings, XdsCredentials, bootstrap
 from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
 from translator import lua
-from translator.proxy import Proxy, ProxyType
+from translator.proxy import Proxy, ProxyType, WorkloadCertificate
 
 
 def settings(**more: Any) -> ProxySettings:
@@ -43,6 +43,24 @@ def test_the_translator_reads_back_who_the_proxy_is() -> None:
     )
 
 
+def test_of_the_workloads_certificate_only_the_paths_are_told() -> None:
+    files = WorkloadCertificate("/certs/cert.pem", "/certs/key.pem", "/certs/ca.pem")
+    node = bootstrap(settings(certificate=files))["node"]
+    told = {name: value for name, value in node["metadata"].items() if name.startswith("TLS_")}
+    assert told == {
+        "TLS_CLIENT_CERT_CHAIN": "/certs/cert.pem",
+        "TLS_CLIENT_KEY": "/certs/key.pem",
+        "TLS_CLIENT_ROOT_CERT": "/certs/ca.pem",
+    }
+    assert Proxy.from_node(node["id"], node["metadata"]).certificate == files
+
+
+def test_half_a_certificate_is_none() -> None:
+    node = bootstrap(settings())["node"]
+    metadata = {**node["metadata"], "TLS_CLIENT_CERT_CHAIN": "/certs/cert.pem"}
+    assert Proxy.from_node(node["id"], metadata).certificate is None
+
+
 def test_each_proxy_has_an_id_of_its_own() -> None:
     assert bootstrap(settings())["node"]["id"] != bootstrap(settings())["node"]["id"]
     assert bootstrap(settings(type=ProxyType.ROUTER))["node"]["id"].startswith("router~")
@@ -53,6 +71,14 @@ def test_the_admin_interface_is_a_socket_of_this_user_or_a_port_of_this_machine(
     assert bootstrap(settings(admin_port=9901))["admin"]["address"] == {
         "socket_address": {"address": "127.0.0.1", "port_value": 9901}
     }
+
+
+def test_metrics_and_health_can_be_asked_for_elsewhere() -> None:
+    """A Prometheus of another machine reads a sidecar that nobody else can send requests to."""
+    made = bootstrap(settings(status_address="10.0.0.7"))
+    addresses = [each["address"]["socket_address"] for each in made["static_resources"]["listeners"]]
+    assert {each["address"] for each in addresses} == {"10.0.0.7"}
+    assert made["node"]["metadata"]["BIND_ADDRESS"] == "127.0.0.1"
 
 
 def test_every_listener_is_at_the_bind_address() -> None:

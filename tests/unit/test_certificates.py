@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from llmplane import certificates
 from llmplane.certificates import CertificateAuthority
@@ -60,6 +61,16 @@ def test_a_certificate_says_what_it_is_for() -> None:
     issuer_key = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
     ca_key = authority.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     assert issuer_key.key_identifier == ca_key.digest
+
+
+def test_a_certificate_of_a_workload_is_for_clients_too() -> None:
+    identity = "spiffe://cluster.local/ns/default/sa/sleep"
+    pem, _ = CertificateAuthority.create().issue(identity)
+    leaf = x509.load_pem_x509_certificate(pem)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == [identity]
+    usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert set(usages) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
 
 
 @pytest.mark.parametrize("names", [[], ["bücher.example"]])

@@ -1,8 +1,10 @@
 """A resource that breaks the API's own rules is held back, and costs no other one."""
 
+import pytest
+
 from llmplane.checking import ResourceChecker
 from xds import protos
-from xds.resources import CDS, Resource
+from xds.resources import CDS, Guard, Resource
 
 
 def cluster(name: str, **fields: object) -> Resource:
@@ -22,6 +24,18 @@ def test_it_stays_in_its_last_good_version() -> None:
     before, _ = checker.check([cluster("a")], {})
     served, wrong = checker.check([cluster("a", connect_timeout={"seconds": -1})], before)
     assert served == before
+    assert wrong
+
+
+@pytest.mark.parametrize("before", ["nothing", "open", "other"])
+def test_one_that_restricts_never_opens(before: str) -> None:
+    """Where nothing was restricted before, nothing is let through; otherwise the last good version stays."""
+    closed, opened, other = (cluster("a", alt_stat_name=name) for name in ("closed", "open", "other"))
+    guard = Guard(open=opened.version, closed=closed)
+    bad = Resource.of(protos.Cluster(name="a", connect_timeout={"seconds": -1}), guard=guard)
+    known = {"nothing": {}, "open": {(CDS, "a"): opened}, "other": {(CDS, "a"): other}}
+    served, wrong = ResourceChecker().check([bad], known[before])
+    assert served == {(CDS, "a"): other if before == "other" else closed}
     assert wrong
 
 

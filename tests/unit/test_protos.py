@@ -23,7 +23,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 from google.protobuf.message_factory import GetMessageClass
 
-from tests.support.envoy import envoy_binary
+from llmplane.envoy import find_envoy
 from tools import derive_descriptors
 from xds import protos
 
@@ -282,7 +282,7 @@ def _oneof(message: DescriptorProto, field: FieldDescriptorProto) -> str | None:
 
 @pytest.mark.envoy
 def test_every_field_and_enum_value_is_the_same_inside_envoy() -> None:
-    files = _files_inside(Path(envoy_binary()))
+    files = _files_inside(find_envoy())
     messages, enums, our_enums = _messages(files), _enums(files), _enums(SCHEMA.file)
     for name, message in _messages(SCHEMA.file).items():
         their_fields = {field.name: field for field in messages[name].field}

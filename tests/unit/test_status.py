@@ -9,7 +9,8 @@ from structlog.testing import capture_logs
 from llmplane.address import Address
 from llmplane.status import StatusUnavailableError, fetch_status, format_status
 from tests.support.control_plane import NODE, RunningControlPlane
-from tests.support.objects import backends, provider, route
+from tests.support.objects import backends, gateway, provider, route, server, service
+from translator.features import Feature
 from xds.resources import CDS
 
 NOW = "2026-01-01T02:00:00+00:00"
@@ -52,6 +53,7 @@ def test_objects_proxies_and_problems() -> None:
                 "node_id": "sidecar~127.0.0.1~sleep-1.default~default.svc.cluster.local",
                 "version": "1.40.0",
                 "connected_since": "2025-12-30T00:00:00+00:00",
+                "missing": [],
                 "types": {
                     "Cluster": of("NACK", "2026-01-01T01:55:00+00:00", refused=["a"], error=refused),
                     "Listener": of("SYNCED"),
@@ -81,7 +83,7 @@ def test_objects_proxies_and_problems() -> None:
 
 
 def test_types_that_few_proxies_have_are_a_column_where_one_has_them() -> None:
-    proxy = {"node_id": "p", "version": "1.40.0", "connected_since": NOW}
+    proxy = {"node_id": "p", "version": "1.40.0", "connected_since": NOW, "missing": []}
     waiting = {**proxy, "types": {"ScopedRouteConfiguration": of("STALE", "2026-01-01T01:00:00+00:00")}}
     text = format_status({**EMPTY, "proxies": [waiting]})
     assert text.splitlines()[2:] == [
@@ -93,7 +95,70 @@ def test_types_that_few_proxies_have_are_a_column_where_one_has_them() -> None:
     ]
 
 
+def test_what_an_envoy_is_too_old_for() -> None:
+    text = "Envoy 1.37: fallback to another provider needs 1.39 (LLMRoute default/chat)"
+    proxy = {"node_id": "p", "version": "1.37.0", "connected_since": NOW, "types": {}, "missing": [text]}
+    assert format_status({**EMPTY, "proxies": [proxy]}).splitlines()[-2:] == ["TOO OLD FOR", f"p: {text}"]
+
+
 # The control plane's own view, without an Envoy
+
+
+async def test_an_object_says_at_which_envoys_it_does_not_do_all(running: RunningControlPlane) -> None:
+    references = [{"providerHost": f"{name}.example.com", "weight": 1} for name in "ab"]
+    objects = (
+        *(provider(name, f"{name}.example.com") for name in "ab"),
+        route("chat", "chat.example.com", {"backendRefs": references}),
+    )
+    await running.apply(*objects)
+    text = (
+        "Envoy 1.37: fallback to another provider needs 1.39; a failed request is not sent to another one, "
+        "and of priorities only the first is used"
+    )
+    async with running.proxy((1, 37)) as old, running.proxy() as new:
+        for proxy in (old, new):
+            await proxy.request(CDS)
+            await proxy.receive()
+        status = await running.status()
+        (chat,) = (item for item in status["objects"] if item["name"] == "chat")
+        assert chat["state"] == "EnvoyTooOld"
+        assert {"type": "Programmed", "status": False, "reason": "EnvoyTooOld", "message": text} in chat[
+            "conditions"
+        ]
+        assert status["problems"] == [f"LLMRoute default/chat: {text}"]
+        metrics = Feature.METRICS.lack_of((1, 37))
+        assert sorted(proxy["missing"] for proxy in status["proxies"]) == [
+            [],
+            [metrics, f"{text} (LLMRoute default/chat)"],
+        ]
+    status = await running.status_when(lambda status: not status["proxies"])
+    assert status["problems"] == [], "it is gone with the Envoy"
+
+
+async def test_a_route_over_mutual_tls_says_that_a_proxy_has_no_certificate(
+    running: RunningControlPlane,
+) -> None:
+    labels = {"istio": "egressgateway"}
+    reference = {"name": "egress", "namespace": "istio-system"}
+    await running.apply(
+        service("istio-system/egress", labels, (80, 8080)),
+        gateway("istio-system/gw", server(protocol="HTTPS", tls={"mode": "ISTIO_MUTUAL"}), selector=labels),
+        route("chat", "chat.example.com", {"backendRefs": [{"backendRef": reference}]}),
+    )
+    async with running.proxy() as proxy:
+        await proxy.request(CDS)
+        await proxy.receive()
+        (chat,) = (item for item in (await running.status())["objects"] if item["name"] == "chat")
+    assert chat["state"] == "NoWorkloadCertificate"
+    assert "llmplane proxy --workload-cert" in chat["conditions"][-1]["message"]
+
+
+async def test_an_envoy_that_nobody_tested(running: RunningControlPlane) -> None:
+    async with running.proxy((1, 20)) as old:
+        await old.request(CDS)
+        await old.receive()
+        (proxy,) = (await running.status())["proxies"]
+    assert proxy["missing"][0] == "anything: 1.36 is the oldest Envoy that is tested"
 
 
 async def test_a_status_without_problems(running: RunningControlPlane) -> None:
@@ -104,6 +169,7 @@ async def test_a_status_without_problems(running: RunningControlPlane) -> None:
     (found,) = status["objects"]
     assert found == {
         "kind": "LLMProvider",
+        "generation": None,
         "namespace": "default",
         "name": "a",
         "host": "a.example.com",

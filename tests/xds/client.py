@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from typing import Any
 
@@ -52,9 +53,11 @@ _MESSAGES = {
 _fences = count()
 
 
-def resource(type_url: str, name: str, content: int = 1, *, held: bool = False) -> Resource:
+def resource(
+    type_url: str, name: str, content: int = 1, *, held: bool = False, ttl: timedelta | None = None
+) -> Resource:
     """Make a resource whose version depends on `content`, a small number."""
-    return Resource.of(_MESSAGES[type_url](name, content), held=held)
+    return Resource.of(_MESSAGES[type_url](name, content), held=held, ttl=ttl)
 
 
 def eds_cluster(name: str, content: int = 1) -> Resource:
@@ -93,6 +96,10 @@ class Answer:
     """Per resource; in state of the world computed from its content."""
     removed: tuple[str, ...]
     identifier: str
+    ttls: dict[str, timedelta]
+    """Of resources that have a time to live."""
+    renewed: dict[str, str]
+    """The versions of those that came without content."""
 
 
 class World:
@@ -122,6 +129,11 @@ class World:
         others = [r for other in snapshot for r in snapshot[other].values() if other != type_url]
         self.publish(*others, *resources(type_url, contents), group=group)
 
+    def add(self, *added: Resource, group: str = "mesh") -> None:
+        """Put in these, and leave all others alone."""
+        self.snapshots[group] = self.snapshot(group).replace(added)
+        self.server.publish({group: self.snapshots[group]})
+
     @asynccontextmanager
     async def delta(
         self, node_id: str = "proxy", cluster: str = "mesh", method: str = ""
@@ -132,11 +144,11 @@ class World:
 
     @asynccontextmanager
     async def sotw(
-        self, node_id: str = "proxy", cluster: str = "mesh", method: str = ""
+        self, node_id: str = "proxy", cluster: str = "mesh", method: str = "", features: Iterable[str] = ()
     ) -> AsyncIterator["Sotw"]:
         """Open a stream of the state-of-the-world variant."""
         async with self._stream(method or f"/{AGGREGATED}/StreamAggregatedResources") as call:
-            yield Sotw(call, node_id, cluster)
+            yield Sotw(call, node_id, cluster, features)
 
     @asynccontextmanager
     async def _stream(self, method: str) -> AsyncIterator[Any]:
@@ -150,9 +162,9 @@ class World:
 class Proxy:
     """One stream to the server; the first request carries the node, later ones do not."""
 
-    def __init__(self, call: Any, node_id: str, cluster: str) -> None:
+    def __init__(self, call: Any, node_id: str, cluster: str, features: Iterable[str] = ()) -> None:
         self.call = call
-        self._node: Any = protos.Node(id=node_id, cluster=cluster)
+        self._node: Any = protos.Node(id=node_id, cluster=cluster, client_features=list(features))
 
     async def send(self, request: Any) -> None:
         """Send a request, with the node if it is the first."""
@@ -180,6 +192,7 @@ class Proxy:
         assert answer.type_url == type_url
         assert answer.versions == {r.name: r.version for r in wanted}
         assert sorted(answer.removed) == sorted(removed)
+        assert answer.renewed == {}
         return answer
 
     async def expect_nothing(self) -> None:
@@ -245,14 +258,18 @@ class Delta(Proxy):
         response = protos.DeltaDiscoveryResponse.FromString(data)
         names = [r.name for r in response.resources]
         assert len(set(names)) == len(names), f"duplicates in {names}"
-        assert all(r.resource.type_url == response.type_url for r in response.resources)
+        assert all(
+            r.resource.type_url == response.type_url for r in response.resources if r.HasField("resource")
+        )
         return Answer(
             response.type_url,
             response.nonce,
             response.system_version_info,
-            {r.name: r.version for r in response.resources},
+            {r.name: r.version for r in response.resources if r.HasField("resource")},
             tuple(response.removed_resources),
             response.control_plane.identifier,
+            {r.name: r.ttl.ToTimedelta() for r in response.resources if r.HasField("ttl")},
+            {r.name: r.version for r in response.resources if not r.HasField("resource")},
         )
 
     async def _fence(self, type_url: str) -> None:
@@ -262,8 +279,8 @@ class Delta(Proxy):
 class Sotw(Proxy):
     """A stream of the state-of-the-world variant; it remembers version, nonce and names, as Envoy does."""
 
-    def __init__(self, call: Any, node_id: str, cluster: str) -> None:
-        super().__init__(call, node_id, cluster)
+    def __init__(self, call: Any, node_id: str, cluster: str, features: Iterable[str] = ()) -> None:
+        super().__init__(call, node_id, cluster, features)
         self._names: dict[str, list[str]] = {}
         self._accepted: dict[str, str] = {}
         self._nonces: dict[str, str] = {}
@@ -305,12 +322,18 @@ class Sotw(Proxy):
 
     def _decode(self, data: bytes) -> Answer:
         response = protos.DiscoveryResponse.FromString(data)
-        versions = {}
-        for body in response.resources:
+        versions, ttls = {}, {}
+        for packed in response.resources:
+            wrapped = protos.Resource()
+            body = wrapped.resource if packed.Unpack(wrapped) else packed
             assert body.type_url == response.type_url
             if body.type_url in _MESSAGES:
                 message = type(_MESSAGES[body.type_url]("", 1)).FromString(body.value)
-                decoded = Resource.of(message)
+                ttl = wrapped.ttl.ToTimedelta() if wrapped.HasField("ttl") else None
+                decoded = Resource.of(message, ttl=ttl)
+                assert (wrapped.name, wrapped.version) in (("", ""), (decoded.name, decoded.version))
+                if ttl is not None:
+                    ttls[decoded.name] = ttl
                 assert decoded.name not in versions, f"{decoded.name} twice"
                 versions[decoded.name] = decoded.version
         self._nonces[response.type_url] = response.nonce
@@ -321,6 +344,8 @@ class Sotw(Proxy):
             versions,
             (),
             response.control_plane.identifier,
+            ttls,
+            {},
         )
 
     async def _fence(self, type_url: str) -> None:

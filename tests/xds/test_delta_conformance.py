@@ -4,6 +4,9 @@ The numbers are those of the project's list of checks; `P` is Envoy's docs/root/
 """
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
+from datetime import timedelta
+from typing import Final
+
 import grpc
 import pytest
 
@@ -16,7 +19,12 @@ from tests.xds.client import (
     resource,
     resources,
 )
-from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS
+from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, Resource, encode_field
+from xds.status import State
+
+TTL: Final = timedelta(seconds=0.1)
+FOO: Final = "xdstp://authority/type/foo/"
+BAR: Final = "xdstp://authority/type/bar/"
 
 all_types = pytest.mark.parametrize("type_url", ALL_TYPES)
 full_types = pytest.mark.parametrize("type_url", FULL_TYPES)
@@ -351,6 +359,119 @@ async def test_D29_endpoints_asked_for_before_clusters_come_again_after_them(wor
         await proxy.request(CDS)
         await proxy.expect(CDS, [eds_cluster("a")])
         await proxy.expect(EDS, {"a": 1})
+
+
+async def test_X3_a_key_rotation_is_a_secret_and_nothing_else(world: World) -> None:
+    """And a type that this server never heard of is served by name like any other, on the same stream."""
+    type_url = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
+    runtime = Resource.of_body(type_url, "layer", encode_field(1, type_url.encode()))
+    world.publish(resource(CDS, "a"), resource(ECDS, "filter"), resource(SDS, "key"), runtime)
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        await proxy.subscribe(ECDS, ["filter"], {"filter": 1})
+        await proxy.subscribe(SDS, ["key"], {"key": 1})
+        await proxy.request(runtime.type_url, ["layer"])
+        assert (await proxy.receive()).type_url == runtime.type_url
+        world.add(resource(SDS, "key", 2))
+        await proxy.ack(await proxy.expect(SDS, {"key": 2}))
+        await proxy.expect_nothing()
+
+
+@all_types
+async def test_X4_time_to_live_is_told_and_renewed_without_the_content(world: World, type_url: str) -> None:
+    """P "TTL". Only what has one is renewed, for as long as it has one."""
+    mortal, immortal = resource(type_url, "a", ttl=TTL), resource(type_url, "b")
+    world.publish(mortal, immortal)
+    async with world.delta() as proxy:
+        first = await proxy.subscribe(type_url, ["a", "b"], [mortal, immortal])
+        assert first.ttls == {"a": TTL}
+        for _ in range(3):
+            heartbeat = await proxy.receive()
+            assert (heartbeat.versions, heartbeat.removed) == ({}, ())
+            assert (heartbeat.renewed, heartbeat.ttls) == ({"a": mortal.version}, {"a": TTL})
+            await proxy.ack(heartbeat)
+        assert [status.state for status in world.server.proxies()] == [State.SYNCED]
+        world.add(resource(type_url, "a"))
+        while (answer := await proxy.receive()).renewed:
+            pass
+        assert answer.versions == {"a": resource(type_url, "a").version}
+        assert answer.ttls == {}
+        await proxy.expect_nothing()
+
+
+@all_types
+async def test_X4_what_a_client_brings_from_an_earlier_stream_is_renewed_at_once(
+    world: World, type_url: str
+) -> None:
+    """Nobody knows how much of its time is over."""
+    mortal = resource(type_url, "a", ttl=timedelta(days=1))
+    world.publish(mortal)
+    async with world.delta() as proxy:
+        await proxy.request(type_url, ["a"], has=[mortal])
+        assert (await proxy.receive()).renewed == {"a": mortal.version}
+        await proxy.expect_nothing()
+
+
+@all_types
+async def test_X5_glob_collection_is_its_members(world: World, type_url: str) -> None:
+    """Of one level, as in Envoy; parameters are part of the name."""
+    world.set(type_url, {FOO + "a": 1, FOO + "deep/a": 1, FOO + "a?p=1": 1, BAR + "a": 1, "a": 1})
+    async with world.delta() as proxy:
+        await proxy.subscribe(type_url, [FOO + "*"], {FOO + "a": 1})
+        world.add(resource(type_url, FOO + "b"), resource(type_url, BAR + "b"))
+        await proxy.ack(await proxy.expect(type_url, {FOO + "b": 1}))
+        await proxy.subscribe(type_url, [FOO + "*?p=1"], {FOO + "a?p=1": 1})
+        await proxy.request(type_url, [FOO + "*"])
+        await proxy.ack(await proxy.expect(type_url, {FOO + "a": 1, FOO + "b": 1}))
+        world.set(type_url, {FOO + "a": 2})
+        gone = [] if type_url == ECDS else [FOO + "b", FOO + "a?p=1"]
+        await proxy.ack(await proxy.expect(type_url, {FOO + "a": 2}, removed=gone))
+        await proxy.request(type_url, unsubscribe=[FOO + "*"])
+        await proxy.expect_nothing()
+        world.set(type_url, {FOO + "a": 3})
+        await proxy.expect_nothing()
+
+
+@pytest.mark.parametrize("type_url", [t for t in ALL_TYPES if t != ECDS])
+async def test_X5_empty_collection_is_answered_as_removed(world: World, type_url: str) -> None:
+    """With an empty response, an Envoy that starts would wait for 15 s (initial_fetch_timeout)."""
+    async with world.delta() as proxy:
+        await proxy.request(type_url, [FOO + "*"])
+        await proxy.ack(await proxy.expect(type_url, {}, removed=[FOO + "*"]))
+        world.set(type_url, {FOO + "a": 1})
+        await proxy.expect(type_url, {FOO + "a": 1})
+
+
+@all_types
+async def test_X5_members_that_a_client_has_are_not_sent_on_reconnect(world: World, type_url: str) -> None:
+    world.set(type_url, {FOO + "a": 1, FOO + "b": 2})
+    async with world.delta() as proxy:
+        has = resources(type_url, {FOO + "a": 1, FOO + "b": 1, FOO + "gone": 1})
+        await proxy.request(type_url, [FOO + "*"], has=has)
+        await proxy.expect(type_url, {FOO + "b": 2}, removed=[] if type_url == ECDS else [FOO + "gone"])
+
+
+@all_types
+async def test_X5_name_that_its_collection_covers_stays_when_it_is_unsubscribed(
+    world: World, type_url: str
+) -> None:
+    """As with the wildcard (D12): the client is told what covers it."""
+    world.set(type_url, {FOO + "a": 1})
+    async with world.delta() as proxy:
+        await proxy.subscribe(type_url, [FOO + "*", FOO + "a"], {FOO + "a": 1})
+        await proxy.request(type_url, unsubscribe=[FOO + "a"])
+        await proxy.ack(await proxy.expect(type_url, {FOO + "a": 1}))
+        world.set(type_url, {FOO + "a": 2})
+        await proxy.expect(type_url, {FOO + "a": 2})
+
+
+async def test_X5_members_without_a_name_of_their_own_are_renewed_with_their_content(world: World) -> None:
+    """Envoy does not remember their versions, so that a heartbeat of them would be an error to it."""
+    mortal = resource(CDS, FOO + "a", ttl=TTL)
+    world.publish(mortal)
+    async with world.delta() as proxy:
+        await proxy.subscribe(CDS, [FOO + "*"], [mortal])
+        assert (await proxy.expect(CDS, [mortal])).ttls == {FOO + "a": TTL}
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import pytest
 
 from tests.xds.client import TIMEOUT, Proxy, World, eventually, resource, resources
+from tests.xds.wire import running_wire
 from xds import protos, server
-from xds.resources import CDS, EDS, LDS, PUSH_ORDER, RDS, SDS, Resource
+from xds.resources import CDS, ECDS, EDS, LDS, PUSH_ORDER, RDS, SDS, Resource
 from xds.server import AGGREGATED, ManagementServer
 from xds.snapshot import Snapshot
 from xds.status import State
@@ -44,6 +42,24 @@ async def test_X2_types_are_pushed_in_the_order_of_their_references(world: World
         await proxy.expect_nothing()
         world.publish(*(resource(type_url, "a", 2) for type_url in PUSH_ORDER))
         assert [(await proxy.receive()).type_url for _ in PUSH_ORDER] == list(PUSH_ORDER)
+
+
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_routes_go_before_the_filters_that_guard_them_where_a_snapshot_says_so(
+    world: World, variant: str
+) -> None:
+    """And filters before routes else: no route is open without them."""
+    world.publish(resource(ECDS, "a"), resource(RDS, "a"))
+    async with getattr(world, variant)() as proxy:
+        for type_url in (ECDS, RDS):
+            await proxy.subscribe(type_url, ["a"], {"a": 1})
+        for content, routes_first in ((2, True), (3, False), (4, True)):
+            changed = [resource(type_url, "a", content) for type_url in (ECDS, RDS)]
+            world.server.publish({"mesh": Snapshot(changed, routes_first=routes_first)})
+            received = [await proxy.receive() for _ in changed]
+            assert [each.type_url for each in received] == ([RDS, ECDS] if routes_first else [ECDS, RDS])
+            for each in received:
+                await proxy.ack(each)
 
 
 async def test_X3_key_rotation_is_a_secret_and_nothing_else(world: World) -> None:
@@ -272,53 +288,6 @@ async def test_X7_client_that_never_reads_delays_nobody(world: World) -> None:
             versions |= (await deaf.receive()).versions
             received += 1
         assert received < 50
-
-
-@dataclass
-class Wire:
-    """A TCP connection to the server that can be cut without a word to either end."""
-
-    server_port: int
-    port: int = 0
-    _alive: asyncio.Event = field(default_factory=asyncio.Event)
-    _writers: list[asyncio.StreamWriter] = field(default_factory=list)
-
-    def cut(self) -> None:
-        """Stop to carry bytes; nobody is told, as when a machine loses its power."""
-        self._alive.clear()
-
-    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.server_port)
-        self._writers += [writer, server_writer]
-        await asyncio.gather(self._copy(reader, server_writer), self._copy(server_reader, writer))
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await reader.read(65536):
-                await self._alive.wait()
-                writer.write(data)
-                await writer.drain()
-
-
-@asynccontextmanager
-async def running_wire(server_port: int) -> AsyncIterator[Wire]:
-    wire = Wire(server_port)
-    wire._alive.set()
-    tasks: set[asyncio.Task[None]] = set()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.create_task(wire.carry(reader, writer)))
-
-    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
-    wire.port = listener.sockets[0].getsockname()[1]
-    yield wire
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for writer in wire._writers:
-        writer.transport.abort()
-    listener.close()
-    await listener.wait_closed()
 
 
 @pytest.mark.parametrize("unread", [1, 20_000_000], ids=["idle", "in the middle of a message"])

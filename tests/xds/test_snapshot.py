@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.xds.client import ALL_TYPES, eds_cluster, resource
 from xds import protos
+from xds.names import Names
 from xds.resources import CDS, EDS, RDS, SDS, Resource, encode_varint
 from xds.snapshot import EMPTY, ResourceSet, Snapshot
 
@@ -74,6 +75,32 @@ def test_replaced_set_is_the_set_made_anew(before: dict[str, int], after: dict[s
         replaced.changed(old) == anew.changed(old) == {n for n in "abcdef" if before.get(n) != after.get(n)}
     )
     assert (replaced is old) == (before == after)
+
+
+@given(before=contents, after=contents, asked=st.frozensets(st.sampled_from("abcdefg")))
+def test_part_is_what_is_asked_for_and_the_same_for_all_who_ask(
+    before: dict[str, int], after: dict[str, int], asked: frozenset[str]
+) -> None:
+    old = ResourceSet({name: resource(CDS, name, content) for name, content in before.items()})
+    new = old.replace(
+        {name: resource(CDS, name, after[name]) if name in after else None for name in "abcdef"}
+    )
+    parts = [old.part(Names(asked)), new.part(Names(asked))]
+    for part, whole in zip(parts, (before, after), strict=True):
+        assert {name: part[name] for name in part} == {
+            name: resource(CDS, name, whole[name]) for name in asked & whole.keys()
+        }
+    assert parts[1].changed(parts[0]) == new.changed(old) & asked
+    assert new.part(Names(asked)) is parts[1]
+    assert (parts[0] is parts[1]) == (parts[1].changed(parts[0]) == frozenset())
+
+
+def test_part_has_the_members_of_collections() -> None:
+    whole = Snapshot([resource(CDS, "a"), resource(CDS, "xdstp://x/t/a"), resource(CDS, "xdstp://x/u/a")])[
+        CDS
+    ]
+    assert set(whole.part(Names(["a", "xdstp://x/t/*"]))) == {"a", "xdstp://x/t/a"}
+    assert whole.part(Names(["xdstp://y/t/*"])) is EMPTY
 
 
 def test_snapshot_shares_what_did_not_change() -> None:

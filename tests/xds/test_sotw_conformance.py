@@ -4,6 +4,9 @@ The numbers are those of the project's list of checks; `P` is Envoy's docs/root/
 """
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
+from datetime import timedelta
+from typing import Final
+
 import grpc
 import pytest
 
@@ -15,7 +18,12 @@ from tests.xds.client import (
     eds_cluster,
     resource,
 )
-from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS
+from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, Resource, encode_field
+from xds.server import WRAPS
+
+TTL: Final = timedelta(seconds=0.1)
+FOO: Final = "xdstp://authority/type/foo/"
+BAR: Final = "xdstp://authority/type/bar/"
 
 all_types = pytest.mark.parametrize("type_url", ALL_TYPES)
 full_types = pytest.mark.parametrize("type_url", FULL_TYPES)
@@ -291,6 +299,107 @@ async def test_S21_nothing_twice_in_one_response(world: World, type_url: str) ->
     async with world.sotw() as proxy:
         await proxy.subscribe(type_url, ["*", "a", "a"], {"a": 1})
         await proxy.expect_nothing()
+
+
+async def test_X3_a_key_rotation_is_a_secret_and_nothing_else(world: World) -> None:
+    """And a type that this server never heard of is served by name like any other, on the same stream."""
+    type_url = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
+    runtime = Resource.of_body(type_url, "layer", encode_field(1, type_url.encode()))
+    world.publish(resource(CDS, "a"), resource(ECDS, "filter"), resource(SDS, "key"), runtime)
+    async with world.sotw() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        await proxy.subscribe(ECDS, ["filter"], {"filter": 1})
+        await proxy.subscribe(SDS, ["key"], {"key": 1})
+        await proxy.request(runtime.type_url, ["layer"])
+        assert (await proxy.receive()).type_url == runtime.type_url
+        world.add(resource(SDS, "key", 2))
+        await proxy.ack(await proxy.expect(SDS, {"key": 2}))
+        await proxy.expect_nothing()
+
+
+@all_types
+async def test_X4_time_to_live_is_told_and_renewed(world: World, type_url: str) -> None:
+    """P "SotW TTL". What is sent without the content renews nothing in Envoy, and clusters would vanish."""
+    mortal, immortal = resource(type_url, "a", ttl=TTL), resource(type_url, "b")
+    world.publish(mortal, immortal)
+    async with world.sotw(features=[WRAPS]) as proxy:
+        first = await proxy.subscribe(type_url, ["a", "b"], [mortal, immortal])
+        assert first.ttls == {"a": TTL}
+        for _ in range(3):
+            again = await proxy.expect(type_url, [mortal, immortal] if type_url in FULL_TYPES else [mortal])
+            assert (again.version, again.ttls) == (first.version, {"a": TTL})
+            await proxy.ack(again)
+        world.add(resource(type_url, "a"))
+        while (answer := await proxy.receive()).ttls:
+            pass
+        assert answer.versions["a"] == resource(type_url, "a").version
+        await proxy.ack(answer)
+        await proxy.expect_nothing()
+
+
+@all_types
+async def test_X4_client_without_the_feature_is_not_told_of_a_time_to_live(
+    world: World, type_url: str
+) -> None:
+    world.publish(resource(type_url, "a", ttl=TTL))
+    async with world.sotw() as proxy, world.sotw(features=[WRAPS]) as other:
+        await proxy.request(type_url, ["a"])
+        answer = await proxy.receive()
+        assert (answer.versions, answer.ttls) == ({"a": resource(type_url, "a").version}, {})
+        await proxy.ack(answer)
+        await other.request(type_url, ["a"])
+        for _ in range(3):
+            assert (await other.receive()).ttls == {"a": TTL}
+        await proxy.expect_nothing()
+
+
+@full_types
+async def test_X4_what_a_client_brings_from_an_earlier_stream_is_renewed_at_once(
+    world: World, type_url: str
+) -> None:
+    """Nobody knows how much of its time is over."""
+    mortal = resource(type_url, "a", ttl=timedelta(days=1))
+    world.publish(mortal)
+    async with world.sotw(features=[WRAPS]) as proxy:
+        version = (await proxy.subscribe(type_url, [], [mortal])).version
+    async with world.sotw(features=[WRAPS]) as proxy:
+        await proxy.request(type_url, version=version)
+        await proxy.ack(await proxy.expect(type_url, [mortal]))
+        await proxy.expect_nothing()
+
+
+@all_types
+async def test_X5_glob_collection_is_its_members(world: World, type_url: str) -> None:
+    """Of one level, as in Envoy; parameters are part of the name."""
+    world.set(type_url, {FOO + "a": 1, FOO + "deep/a": 1, FOO + "a?p=1": 1, BAR + "a": 1, "a": 1})
+    full = type_url in FULL_TYPES
+    async with world.sotw() as proxy:
+        await proxy.subscribe(type_url, [FOO + "*"], {FOO + "a": 1})
+        world.add(resource(type_url, FOO + "b"), resource(type_url, BAR + "b"))
+        both = {FOO + "a": 1, FOO + "b": 1}
+        await proxy.ack(await proxy.expect(type_url, both if full else {FOO + "b": 1}))
+        await proxy.subscribe(
+            type_url, [FOO + "*", FOO + "*?p=1"], {FOO + "a?p=1": 1, **(both if full else {})}
+        )
+        await proxy.request(type_url, [FOO + "*?p=1"])
+        await proxy.expect_nothing()
+        await proxy.subscribe(
+            type_url, [FOO + "*", FOO + "*?p=1"], {**both, FOO + "a?p=1": 1} if full else both
+        )
+        world.set(type_url, {FOO + "a": 2})
+        await proxy.ack(await proxy.expect(type_url, {FOO + "a": 2}))
+        await proxy.request(type_url, [])
+        await proxy.expect_nothing()
+        world.set(type_url, {FOO + "a": 3})
+        await proxy.expect_nothing()
+
+
+@full_types
+async def test_X5_empty_collection_is_an_empty_set(world: World, type_url: str) -> None:
+    async with world.sotw() as proxy:
+        await proxy.subscribe(type_url, [FOO + "*"], {})
+        world.set(type_url, {FOO + "a": 1})
+        await proxy.expect(type_url, {FOO + "a": 1})
 
 
 @pytest.mark.parametrize(

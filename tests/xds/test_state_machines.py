@@ -1,20 +1,25 @@
 """The state machines by themselves: no server, no time. Whatever happens, every proxy ends at its best."""
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
+from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.xds.client import resource
+from xds import delta as delta_module
 from xds import protos
-from xds.delta import PARTS, DeltaSubscription
+from xds.delta import MAX_PIECES, PARTS, PIECE, DeltaSubscription
 from xds.group import Group, Response
-from xds.resources import CDS, EDS, LDS, RDS, SDS, Resource
+from xds.resources import CDS, EDS, LDS, RDS, SDS, Guard, Resource, glob_of
 from xds.snapshot import Snapshot
 from xds.sotw import SotwSubscription
+from xds.status import State, state_of
 from xds.stream import PATIENCE, Stream
 from xds.subscription import MAX_NAMES, MAX_PENDING, TooManyNamesError
 
@@ -24,8 +29,21 @@ TYPES = (CDS, EDS, LDS, RDS, SDS)
 NAMED = (EDS, RDS, SDS)
 LOOP = 500
 """Responses of which no history here needs so many."""
+GLOB = "xdstp://x/t/*"
+NAMES = ("a", "b", "xdstp://x/t/c", "xdstp://x/t/d")
+TTL = timedelta(seconds=PATIENCE)
+
+
+def any_resource(type_url: str, name: str, content: int) -> Resource:
+    """Make a resource; those of one name have a time to live."""
+    return resource(type_url, name, content, ttl=TTL if name == NAMES[-1] else None)
+
+
 BAD_VERSIONS = {
-    resource(type_url, name, bad).version for type_url in TYPES for name in "abcd" for bad in (BAD, ALSO_BAD)
+    any_resource(type_url, name, bad).version
+    for type_url in TYPES
+    for name in NAMES
+    for bad in (BAD, ALSO_BAD)
 }
 
 
@@ -34,7 +52,7 @@ def group_of(*published: Resource) -> Group:
 
 
 def world_of(contents: dict[tuple[str, str], int]) -> Snapshot:
-    return Snapshot(resource(type_url, name, content) for (type_url, name), content in contents.items())
+    return Snapshot(any_resource(type_url, name, content) for (type_url, name), content in contents.items())
 
 
 class DeltaProxy:
@@ -61,9 +79,13 @@ class DeltaProxy:
         self.stream.subscription(type_url).request(subscribe=[name])
 
     def unsubscribe(self, type_url: str, name: str) -> None:
-        self.names[type_url].discard(name)
-        self.has[type_url].pop(name, None)
+        self._drop(type_url, name)
         self.stream.subscription(type_url).request(unsubscribe=[name])
+
+    def _drop(self, type_url: str, name: str) -> None:
+        self.names[type_url].discard(name)
+        for member in [member for member in self.has[type_url] if not self.wants(type_url, member)]:
+            del self.has[type_url][member]
 
     def read(self) -> bool:
         """Take the next response, without answering it."""
@@ -82,7 +104,10 @@ class DeltaProxy:
         type_url, response, message = self.received.pop(0)
         versions = {r.name: r.version for r in message.resources if self.wants(type_url, r.name)}
         error = None
-        if BAD_VERSIONS.isdisjoint(r.version for r in message.resources):
+        unknown = {r.name: r.version for r in message.resources if not r.HasField("resource")}
+        if not unknown.items() <= self.has[type_url].items():
+            error = "an empty message"
+        elif BAD_VERSIONS.isdisjoint(r.version for r in message.resources):
             self.has[type_url].update(versions)
             for name in message.removed_resources:
                 self.has[type_url].pop(name, None)
@@ -107,7 +132,7 @@ class DeltaProxy:
 
     def wants(self, type_url: str, name: str) -> bool:
         """Whether it subscribed to this."""
-        return type_url not in self.names or name in self.names[type_url]
+        return type_url not in self.names or not self.names[type_url].isdisjoint({name, glob_of(name)})
 
 
 class SotwProxy(DeltaProxy):
@@ -118,7 +143,7 @@ class SotwProxy(DeltaProxy):
     def connect(self) -> None:
         self.received.clear()
         self.nonces = dict.fromkeys(TYPES, "")
-        self.stream = Stream(self.group, "proxy", SotwSubscription)
+        self.stream = Stream(self.group, "proxy", partial(SotwSubscription, wraps=True))
         for type_url in TYPES:
             self._request(type_url)
 
@@ -134,8 +159,7 @@ class SotwProxy(DeltaProxy):
         self._request(type_url)
 
     def unsubscribe(self, type_url: str, name: str) -> None:
-        self.names[type_url].discard(name)
-        self.has[type_url].pop(name, None)
+        self._drop(type_url, name)
         self._request(type_url)
 
     def read(self) -> bool:
@@ -159,7 +183,12 @@ class SotwProxy(DeltaProxy):
             RDS: protos.RouteConfiguration,
             SDS: protos.Secret,
         }[type_url]
-        members = [Resource.of(kind.FromString(body.value)) for body in message.resources]
+        members = []
+        for packed in message.resources:
+            wrapped = protos.Resource()
+            body = wrapped.resource if packed.Unpack(wrapped) else packed
+            ttl = wrapped.ttl.ToTimedelta() if wrapped.HasField("ttl") else None
+            members.append(Resource.of(kind.FromString(body.value), ttl=ttl))
         error = None
         if BAD_VERSIONS.isdisjoint(r.version for r in members):
             if type_url not in self.names:
@@ -184,7 +213,7 @@ def settle(proxy: DeltaProxy) -> int:
 
 Step = tuple[Any, ...]
 contents = st.dictionaries(
-    st.tuples(st.sampled_from(TYPES), st.sampled_from("abcd")), st.sampled_from([1, 2, BAD]), max_size=12
+    st.tuples(st.sampled_from(TYPES), st.sampled_from(NAMES)), st.sampled_from([1, 2, BAD]), max_size=12
 )
 which = st.sampled_from([0, 1, 2])
 steps = st.lists(
@@ -194,7 +223,7 @@ steps = st.lists(
             st.sampled_from(["subscribe", "unsubscribe"]),
             which,
             st.sampled_from(NAMED),
-            st.sampled_from("abcd"),
+            st.sampled_from((*NAMES, GLOB)),
         ),
         st.tuples(st.sampled_from(["read", "answer", "exchange", "wait", "reconnect"]), which),
     ),
@@ -204,9 +233,14 @@ steps = st.lists(
 
 
 @settings(deadline=None)
-@given(steps=steps)
-def test_proxies_end_at_their_best(steps: list[Step]) -> None:
+@given(steps=steps, piece=st.sampled_from([PIECE, 1]))
+def test_proxies_end_at_their_best(steps: list[Step], piece: int) -> None:
     """After any history: what is good arrived, what is bad did not, and what is not wanted is gone."""
+    with patch.object(delta_module, "PIECE", piece):
+        check_history(steps)
+
+
+def check_history(steps: list[Step]) -> None:
     group = group_of()
     proxies = [DeltaProxy(group), DeltaProxy(group), SotwProxy(group)]
     last: dict[tuple[str, str], int] = {}
@@ -226,12 +260,79 @@ def test_proxies_end_at_their_best(steps: list[Step]) -> None:
             )
 
 
+def views(proxies: list[DeltaProxy]) -> list[dict[str, dict[str, str]]]:
+    """Return per proxy and type what the server believes that it has: the version of each name."""
+    return [
+        {
+            type_url: {
+                name: getattr(subscription.held.get(name), "version", "") for name in subscription.held
+            }
+            for type_url, subscription in proxy.stream.subscriptions.items()
+        }
+        for proxy in proxies
+    ]
+
+
+@settings(deadline=None)
+@given(steps=steps, piece=st.sampled_from([PIECE, 1]))
+def test_what_proxies_share_is_not_changed_by_any_of_them(steps: list[Step], piece: int) -> None:
+    """What the server believes of a proxy changes only with that proxy, and in the end it is true."""
+    group = group_of()
+    proxies = [DeltaProxy(group), DeltaProxy(group), SotwProxy(group)]
+    with patch.object(delta_module, "PIECE", piece):
+        for step, *arguments in steps:
+            before = views(proxies)
+            if step == "publish":
+                group.publish(world_of(*arguments))
+                assert views(proxies) == before
+            else:
+                number, *rest = arguments
+                getattr(proxies[number], step)(*rest)
+                assert [view for index, view in enumerate(views(proxies)) if index != number] == [
+                    view for index, view in enumerate(before) if index != number
+                ]
+        for proxy in 2 * proxies:
+            settle(proxy)
+    assert views(proxies[:2]) == [proxy.has for proxy in proxies[:2]]
+
+
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_proxies_that_ask_for_the_same_share_it_however_they_came_to_it(variant: type[DeltaProxy]) -> None:
+    names = [f"{number:02}" for number in range(20)]
+    group = group_of(*(resource(SDS, name) for name in names))
+    at_once, one_by_one, more_at_first, again = (variant(group) for _ in range(4))
+    at_once.names[SDS] = again.names[SDS] = set(names[1:])
+    at_once.connect()
+    again.connect()
+    for name in names[1:]:
+        one_by_one.subscribe(SDS, name)
+        one_by_one.exchange()
+    for name in names:
+        more_at_first.subscribe(SDS, name)
+    more_at_first.exchange()
+    more_at_first.unsubscribe(SDS, names[0])
+    proxies = (at_once, one_by_one, more_at_first, again)
+    for proxy in proxies:
+        settle(proxy)
+    again.reconnect()
+    group.publish(Snapshot([resource(SDS, name, 2) for name in names]))
+    for proxy in proxies:
+        settle(proxy)
+    subscriptions = [proxy.stream.subscription(SDS) for proxy in proxies]
+    assert len({id(subscription.names) for subscription in subscriptions}) == 1
+    assert len({id(subscription.held.base) for subscription in subscriptions}) == 1
+    assert [subscription.held.own for subscription in subscriptions] == [{}] * 4
+    assert set(subscriptions[0].held) == set(names[1:])
+
+
 def check(proxy: DeltaProxy, type_url: str, contents: dict[str, int]) -> None:
     """Compare what a proxy has of a type with what there is."""
     wanted = {name: content for name, content in contents.items() if proxy.wants(type_url, name)}
     has = proxy.has[type_url]
     good = {
-        name: resource(type_url, name, content).version for name, content in wanted.items() if content != BAD
+        name: any_resource(type_url, name, content).version
+        for name, content in wanted.items()
+        if content != BAD
     }
     assert {name: has.get(name) for name in good} == good
     assert BAD_VERSIONS.isdisjoint(has.values())
@@ -387,6 +488,26 @@ def test_quarantine_ends_when_a_proxy_accepts() -> None:
     settle(odd)
     assert content.has[CDS] == {"a": resource(CDS, "a", 2).version}
     assert odd.has[CDS] == {"a": resource(CDS, "a", 1).version}
+
+
+@pytest.mark.parametrize("before", ["open", "other"])
+def test_what_restricts_is_closed_rather_than_open(before: str) -> None:
+    """A refused policy is not replaced by no policy: by its last good version, or by one that denies."""
+    good = Resource.of(protos.Cluster(name="a", alt_stat_name=before))
+    opened = Resource.of(protos.Cluster(name="a", alt_stat_name="open"))
+    closed = Resource.of(protos.Cluster(name="a", alt_stat_name="closed"))
+    refused = Resource.of(protos.Cluster(name="a"), guard=Guard(opened.version, closed))
+    group = group_of(good)
+    proxy, newcomer = DeltaProxy(group), DeltaProxy(group)
+    settle(proxy)
+    group.publish(Snapshot([refused]))
+    proxy.read()
+    type_url, response, _ = proxy.received.pop()
+    proxy.stream.subscription(type_url).request(nonce=response.nonce, error="refused")
+    settle(proxy)
+    settle(newcomer)
+    expected = closed if before == "open" else good
+    assert proxy.has[CDS] == newcomer.has[CDS] == {"a": expected.version}
 
 
 def test_quarantine_survives_the_proxy_that_caused_it() -> None:
@@ -684,3 +805,113 @@ def test_proxy_that_refuses_the_stand_in_as_well_goes_without(variant: type[Delt
     publish(proxy, bad, resource(CDS, "b", 2))
     settle(proxy)
     assert has(proxy) == versions_of(resource(CDS, "b", 2))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have everything new go in a response of its own."""
+    monkeypatch.setattr(delta_module, "PIECE", 1)
+
+
+def routed(*names: str) -> Group:
+    """Make a group with clusters, listeners and routes of these names."""
+    return group_of(*(resource(type_url, name) for type_url in (RDS, LDS, CDS) for name in names))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_X2_pieces_of_what_is_new_keep_the_order_of_the_types() -> None:
+    proxy = DeltaProxy(routed("a", "b"))
+    proxy.subscribe(RDS, "a")
+    proxy.subscribe(RDS, "b")
+    pieces = [(type_url, [name], []) for type_url in (CDS, LDS, RDS) for name in "ab"]
+    assert read_all(proxy) == pieces
+    answer_all(proxy)
+    assert proxy.stream.next_response(0) is None
+    assert has(proxy) == versions_of(*(resource(url, name) for url in (CDS, LDS, RDS) for name in "ab"))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_are_shared_and_a_proxy_that_has_them_all_is_as_any_other() -> None:
+    group = routed("a", "b", "c")
+    one, other = DeltaProxy(group), DeltaProxy(group)
+    for proxy in (one, other):
+        while proxy.read():
+            pass
+    assert [response for _, response, _ in one.received] == [response for _, response, _ in other.received]
+    for proxy in (one, other):
+        answer_all(proxy)
+    group.publish(Snapshot([resource(CDS, "a", 2), resource(CDS, "b", 2)]))
+    assert read_all(one)[0] == (CDS, ["a", "b"], []), "what it has does not go in pieces, nor do removals"
+    assert other.read()
+    assert one.received[0][1] is other.received[0][1]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_change_between_two_pieces_is_not_lost() -> None:
+    proxy = DeltaProxy(routed("a", "b", "c"))
+    assert proxy.read()
+    assert state_of(proxy.stream.subscription(CDS), proxy.group) is State.STALE
+    proxy.answer()
+    assert state_of(proxy.stream.subscription(CDS), proxy.group) is State.STALE, "there is more to come"
+    publish(proxy, resource(CDS, "a", 2), resource(CDS, "c", 2), resource(CDS, "d"))
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(CDS, "a", 2), resource(CDS, "c", 2), resource(CDS, "d"))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_that_stay_unanswered_are_few() -> None:
+    """Envoy withholds the ACK of clusters until they are warm; what is unanswered has to be remembered."""
+    proxy = DeltaProxy(group_of(*(resource(CDS, f"{number:03}") for number in range(100))))
+    sizes = [len(names) for type_url, names, _ in read_all(proxy) if type_url == CDS]
+    assert sizes == [1] * MAX_PIECES + [100 - MAX_PIECES]
+
+
+def test_X4_times_to_live_are_renewed_after_half_of_the_shortest() -> None:
+    mortal = [resource(CDS, "a", ttl=timedelta(seconds=10)), resource(CDS, "b", ttl=timedelta(seconds=30))]
+    proxy = DeltaProxy(group_of(*mortal, resource(CDS, "c")))
+    settle(proxy)
+    start = proxy.now
+    assert (proxy.read(), proxy.stream.wake_at(start)) == (True, start + 5)
+    proxy.now = start + 4.9
+    proxy.answer()
+    assert not proxy.read()
+    proxy.now = start + 5
+    assert proxy.read()
+    (_, _, message) = proxy.received.pop()
+    assert {r.name: r.version for r in message.resources} == {r.name: r.version for r in mortal}
+    publish(proxy, resource(CDS, "a"), resource(CDS, "b"))
+    settle(proxy)
+    assert proxy.stream.wake_at(proxy.now) is None
+
+
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_X4_what_waits_for_its_removal_is_renewed_as_long_as_it_waits(variant: type[DeltaProxy]) -> None:
+    """The route that uses it is refused, so the cluster stays."""
+    mortal = resource(CDS, "a", ttl=timedelta(seconds=10))
+    proxy = variant(group_of(mortal, resource(RDS, "a")))
+    proxy.subscribe(RDS, "a")
+    settle(proxy)
+    publish(proxy, resource(RDS, "a", BAD))
+    settle(proxy)
+    assert proxy.has[CDS] == {"a": mortal.version}
+    proxy.now += 10
+    assert proxy.read()
+    assert proxy.received[0][0] == CDS
+    proxy.answer()
+    publish(proxy, resource(RDS, "a", 2))
+    settle(proxy)
+    assert proxy.has[CDS] == {}
+    assert proxy.stream.wake_at(proxy.now) is None
+
+
+def test_X4_what_cannot_be_read_for_now_is_renewed() -> None:
+    """Its source is away: who has any version keeps it."""
+    mortal = resource(SDS, "a", ttl=timedelta(seconds=10))
+    proxy = DeltaProxy(group_of(mortal))
+    proxy.subscribe(SDS, "a")
+    settle(proxy)
+    publish(proxy, Resource.unknown(SDS, "a"))
+    settle(proxy)
+    proxy.now += 10
+    assert proxy.read()
+    assert [r.version for r in proxy.received[0][2].resources] == [mortal.version]

@@ -91,6 +91,7 @@ FractionalPercent = _message("envoy.type.v3.FractionalPercent")
 GrpcService = _message("envoy.config.core.v3.GrpcService")
 HeaderMutation = _message("envoy.config.common.mutation_rules.v3.HeaderMutation")
 HeaderValueOption = _message("envoy.config.core.v3.HeaderValueOption")
+HttpService = _message("envoy.config.core.v3.HttpService")
 HttpUri = _message("envoy.config.core.v3.HttpUri")
 Locality = _message("envoy.config.core.v3.Locality")
 Metadata = _message("envoy.config.core.v3.Metadata")
@@ -114,7 +115,10 @@ MetadataMatcher = _message("envoy.type.matcher.v3.MetadataMatcher")
 PathMatcher = _message("envoy.type.matcher.v3.PathMatcher")
 RegexMatchAndSubstitute = _message("envoy.type.matcher.v3.RegexMatchAndSubstitute")
 RegexMatcher = _message("envoy.type.matcher.v3.RegexMatcher")
+StatTagValueInput = _message("envoy.extensions.matching.common_inputs.stats.v3.StatTagValueInput")
 StringMatcher = _message("envoy.type.matcher.v3.StringMatcher")
+UriTemplateMatchConfig = _message("envoy.extensions.path.match.uri_template.v3.UriTemplateMatchConfig")
+TransformStat = _message("envoy.extensions.matching.actions.transform_stat.v3.TransformStat")
 ValueMatcher = _message("envoy.type.matcher.v3.ValueMatcher")
 
 # Bootstrap
@@ -196,6 +200,7 @@ EarlyHeaderMutation = _message(
 )
 ExtAuthz = _message("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz")
 ExtAuthzPerRoute = _message("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute")
+FilterChainConfig = _message("envoy.extensions.filters.http.filter_chain.v3.FilterChainConfig")
 GenericCredential = _message("envoy.extensions.http.injected_credentials.generic.v3.Generic")
 HeaderMutationFilter = _message("envoy.extensions.filters.http.header_mutation.v3.HeaderMutation")
 HeaderMutationPerRoute = _message("envoy.extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute")
@@ -239,6 +244,19 @@ OpenTelemetryAccessLog = _message(
 ReqWithoutQueryFormatter = _message("envoy.extensions.formatter.req_without_query.v3.ReqWithoutQuery")
 StatsAccessLog = _message("envoy.extensions.access_loggers.stats.v3.Config")
 StdoutAccessLog = _message("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog")
+
+# Traces
+CustomTag = _message("envoy.type.tracing.v3.CustomTag")
+ParentBasedSamplerConfig = _message(
+    "envoy.extensions.tracers.opentelemetry.samplers.v3.ParentBasedSamplerConfig"
+)
+TraceIdRatioBasedSamplerConfig = _message(
+    "envoy.extensions.tracers.opentelemetry.samplers.v3.TraceIdRatioBasedSamplerConfig"
+)
+OpenTelemetryConfig = _message("envoy.config.trace.v3.OpenTelemetryConfig")
+Tracing = _message(
+    "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing"
+)
 
 
 def type_url(message: Message | type[Message]) -> str:

@@ -1,12 +1,15 @@
 """The objects of the seed documents, as they stand in `examples/`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
 from crds.loader import Loaded, combine, load
+from crds.meshconfig import load_mesh_config
+from crds.problems import Severity
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 VARIABLES = {
@@ -17,6 +20,16 @@ VARIABLES = {
     "YOUR_MOONSHOT_API_KEY": "sk-moonshot",
     "本机IP": "192.0.2.1",
 }
+
+
+FOLDERS = sorted({file.parent for file in EXAMPLES.rglob("*.yaml") if file.name != "mesh.yaml"})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(EXAMPLES)))
+def test_no_example_has_an_error(folder: Path) -> None:
+    loaded = step(str(folder))
+    assert loaded.objects
+    assert not [problem for problem in loaded.problems if problem.severity is Severity.ERROR]
 
 
 def step(folder: str) -> Loaded:
@@ -89,12 +102,33 @@ def test_the_ingress_gateway() -> None:
     loaded = step("004-ingress-gateway/step-5")
     assert {str(found.key) for found in loaded.objects} == {
         "LLMProvider istio-system/dashscope-qwen",
+        "Gateway istio-system/ingress-gw",
         "LLMRoute default/dashscope-route",
+        "AuthorizationPolicy istio-system/auth-policy",
     }
-    assert [f"{problem.kind} {problem.message.rpartition('; ')[2]}" for problem in loaded.problems] == [
-        "Gateway it has no effect",
-        "AuthorizationPolicy it has no effect",
-    ]
+    assert not [problem for problem in loaded.problems if problem.severity is Severity.ERROR]
+
+
+def test_observability() -> None:
+    """The document's ConfigMap does no harm, its fields and its dimension are taken as they are."""
+    folder = EXAMPLES / "002-observability"
+    loaded = step("002-observability/objects")
+    assert loaded.problems == ()
+    assert {str(found.key) for found in loaded.objects} == {"Telemetry istio-system/mesh-default"}
+    mesh, problems = load_mesh_config((folder / "mesh.yaml").read_text("utf-8"), "mesh.yaml")
+    assert problems == []
+    assert mesh
+    assert mesh.access_log_file == "/dev/stdout"
+
+
+def test_docker_compose_has_the_ingress_gateway_with_another_name_of_its_route() -> None:
+    def objects(folder: str) -> list[dict[str, Any]]:
+        found = [loaded.object.model_dump(mode="json") for loaded in step(folder).objects]
+        for item in found:
+            item["metadata"]["name"] = item["metadata"]["name"].removesuffix("-of-the-gateway")
+        return found
+
+    assert objects("docker-compose") == objects("004-ingress-gateway/step-5")
 
 
 def test_a_file_that_several_steps_have_is_the_same() -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from crds.core import Secret, Service
+from crds.gateway import Gateway
 from crds.kinds import UnknownKindError, UnsupportedKindError, lookup
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
@@ -15,6 +16,9 @@ from crds.meta import BaseObject
         ("istio.alibabacloud.com/v1beta1", "LLMProvider", LLMProvider),
         ("istio.alibabacloud.com/v1", "LLMProvider", LLMProvider),
         ("istio.alibabacloud.com/v1beta1", "LLMRoute", LLMRoute),
+        ("networking.istio.io/v1", "Gateway", Gateway),
+        ("networking.istio.io/v1beta1", "Gateway", Gateway),
+        ("networking.istio.io/v1alpha3", "Gateway", Gateway),
         ("v1", "Secret", Secret),
         ("v1", "Service", Service),
     ],
@@ -43,12 +47,10 @@ def test_kinds_of_kubernetes_that_are_not_needed_are_ignored(api_version: str, k
 @pytest.mark.parametrize(
     ("api_version", "kind"),
     [
-        ("networking.istio.io/v1beta1", "Gateway"),
         ("networking.istio.io/v1", "VirtualService"),
         ("networking.istio.io/v1", "DestinationRule"),
-        ("security.istio.io/v1", "AuthorizationPolicy"),
-        ("security.istio.io/v1", "RequestAuthentication"),
-        ("telemetry.istio.io/v1", "Telemetry"),
+        ("security.istio.io/v1", "PeerAuthentication"),
+        ("networking.istio.io/v1", "Sidecar"),
     ],
 )
 def test_a_kind_of_istio_is_never_passed_over_in_silence(api_version: str, kind: str) -> None:

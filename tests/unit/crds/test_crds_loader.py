@@ -190,11 +190,11 @@ def test_a_document_that_is_broken_within_its_metadata_is_not() -> None:
 
 def test_a_kind_of_istio_that_is_not_supported_is_known() -> None:
     loaded = read(
-        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: a}\n"
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: deny, namespace: a}\n"
     )
     assert texts(loaded) == [
         (
-            "x.yaml:1: AuthorizationPolicy a/deny: 'AuthorizationPolicy' of security.istio.io"
+            "x.yaml:1: PeerAuthentication a/deny: 'PeerAuthentication' of security.istio.io"
             " is not supported by this version of llmplane; it has no effect"
         )
     ]
@@ -479,13 +479,13 @@ def test_an_object_of_an_api_server() -> None:
         ),
         (
             {
-                "apiVersion": "telemetry.istio.io/v1",
-                "kind": "Telemetry",
+                "apiVersion": "networking.istio.io/v1",
+                "kind": "Sidecar",
                 "metadata": {"name": "a", "namespace": "b"},
             },
             [
                 (
-                    "Telemetry b/a: 'Telemetry' of telemetry.istio.io"
+                    "Sidecar b/a: 'Sidecar' of networking.istio.io"
                     " is not supported by this version of llmplane; it has no effect"
                 )
             ],

@@ -18,9 +18,10 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 # What a structural schema may hold (apiextensions.k8s.io/v1 JSONSchemaProps), as far as we use it.
 KEYWORDS = {
-    "additionalProperties", "description", "enum", "format", "items", "maxLength", "maxProperties", "maximum",
-    "minItems", "minLength", "minimum", "not", "oneOf", "pattern", "properties", "required", "type",
-    "x-kubernetes-list-map-keys", "x-kubernetes-list-type", "x-kubernetes-preserve-unknown-fields",
+    "additionalProperties", "description", "enum", "format", "items", "maxItems", "maxLength",
+    "maxProperties", "maximum", "minItems", "minLength", "minimum", "not", "oneOf", "pattern", "properties",
+    "required", "type", "x-kubernetes-list-map-keys", "x-kubernetes-list-type",
+    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-validations",
 }  # fmt: skip
 
 
@@ -46,10 +47,22 @@ def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def test_the_committed_manifests_are_those_of_the_models() -> None:
     """Otherwise: `python -m crds.manifests`."""
-    assert {path.name: path.read_text("utf-8") for path in HERE.glob("*.yaml")} == manifests()
+    assert {
+        path.relative_to(HERE).as_posix(): path.read_text("utf-8") for path in HERE.rglob("*.yaml")
+    } == manifests()
 
 
-@pytest.mark.parametrize(("kind", "short"), [("LLMProvider", "llmp"), ("LLMRoute", "llmr")])
+COLUMNS = {
+    "LLMProvider": ["Host", "Path"],
+    "LLMRoute": ["Host", "Gateways"],
+    "APIKeyAuthentication": ["Secrets"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "short"),
+    [("LLMProvider", "llmp"), ("LLMRoute", "llmr"), ("APIKeyAuthentication", "apikeyauth")],
+)
 def test_what_kubectl_knows_of_a_kind(kind: str, short: str) -> None:
     spec = manifest(kind)["spec"]
     assert (spec["group"], spec["scope"]) == ("istio.alibabacloud.com", "Namespaced")
@@ -64,10 +77,10 @@ def test_what_kubectl_knows_of_a_kind(kind: str, short: str) -> None:
     assert first["schema"] == second["schema"]
     assert first["subresources"] == {"status": {}}
     columns = [column["name"] for column in first["additionalPrinterColumns"]]
-    assert columns == ["Host", {"LLMProvider": "Path", "LLMRoute": "Gateways"}[kind], "Status", "Age"]
+    assert columns == [*COLUMNS[kind], "Status", "Programmed", "Age"]
 
 
-@pytest.mark.parametrize("kind", ["LLMProvider", "LLMRoute"])
+@pytest.mark.parametrize("kind", COLUMNS)
 def test_schemas_are_structural(kind: str) -> None:
     """The rules of Kubernetes' documentation: Specifying a structural schema."""
     for node in nodes(schema_of(kind)):
@@ -81,7 +94,7 @@ def test_schemas_are_structural(kind: str) -> None:
     jsonschema.Draft7Validator.check_schema(schema_of(kind))
 
 
-@pytest.mark.parametrize("kind", ["LLMProvider", "LLMRoute"])
+@pytest.mark.parametrize("kind", COLUMNS)
 def test_every_field_of_the_spec_is_described(kind: str) -> None:
     for node in nodes(schema_of(kind)["properties"]["spec"]):
         for name, member in node.get("properties", {}).items():
@@ -90,6 +103,7 @@ def test_every_field_of_the_spec_is_described(kind: str) -> None:
 
 PROVIDER = {"host": "a.example.com", "path": "/v1/chat/completions"}
 REF = {"providerHost": "a.b"}
+KEYS = {"credentialRefs": [{"name": "clients"}]}
 
 
 def with_config(**config: object) -> dict[str, object]:
@@ -124,6 +138,9 @@ def with_refs(*refs: dict[str, object]) -> dict[str, object]:
         ("LLMRoute", with_headers(a={}, b={"exact": "c"}, c={"regex": "*"})),
         ("LLMRoute", with_refs({"providerHost": "a.b", "weight": 1}, {"backendRef": {"name": "a"}})),
         ("LLMRoute", with_rule() | {"gateways": ["mesh", "./a", "istio-system/ingress-gw"]}),
+        ("APIKeyAuthentication", KEYS),
+        ("APIKeyAuthentication", KEYS | {"selector": {"matchLabels": {"istio": "ingressgateway"}}}),
+        ("APIKeyAuthentication", KEYS | {"fromHeaders": [{"name": "X-Goog-Api-Key"}]}),
     ],
 )
 def test_what_the_api_server_takes_and_the_model_too(kind: str, spec: dict[str, object]) -> None:
@@ -172,6 +189,11 @@ def test_what_the_api_server_takes_and_the_model_too(kind: str, spec: dict[str, 
         ("LLMRoute", with_headers(a={"exact": "b", "prefix": "c"})),
         ("LLMRoute", with_headers(a="b")),
         ("LLMRoute", with_rule() | {"gateways": ["a/b/c"]}),
+        ("APIKeyAuthentication", {}),
+        ("APIKeyAuthentication", {"credentialRefs": []}),
+        ("APIKeyAuthentication", {"credentialRefs": [{"name": "A"}]}),
+        ("APIKeyAuthentication", KEYS | {"fromHeaders": []}),
+        ("APIKeyAuthentication", KEYS | {"fromHeaders": [{"name": "a b"}]}),
     ],
 )
 def test_what_the_api_server_refuses_and_the_model_too(kind: str, spec: dict[str, object]) -> None:
@@ -190,5 +212,5 @@ def test_what_the_api_server_refuses_and_the_model_too(kind: str, spec: dict[str
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/step-*/*.yaml")), ids=lambda path: path.name)
 def test_the_api_server_takes_the_examples(path: Path) -> None:
     for document in yaml.safe_load_all(path.read_text("utf-8")):
-        if document and document["kind"] in {"LLMProvider", "LLMRoute"}:
+        if document and document["kind"] in COLUMNS:
             jsonschema.Draft7Validator(schema_of(document["kind"])).validate(document)

@@ -11,7 +11,7 @@ from tests.support.objects import provider, route, secret, world
 from translator import secrets
 from translator.clusters import Destination, cluster
 from translator.lua import Operation
-from translator.operations import operations
+from translator.operations import STREAM_USAGE, operations
 from translator.proxy import Proxy, ProxyType
 from translator.translate import Translator
 from translator.world import MeshSettings, World
@@ -56,10 +56,44 @@ def test_the_path_says_which_operation_is_the_providers_own(path: str, own: str,
     first = next(iter(made))
     assert (first, made[first].path) == (own, path)
     assert made[first].members, "the model goes into this one"
-    others = [made[key] for key in made if key != own]
-    assert not any(operation.members for operation in others), "the others keep the client's model"
+    members = [member for key in made if key != own for member in made[key].members or ()]
+    assert ("model",) not in [member.path for member in members], "the others keep the client's model"
     assert made["POST /embeddings"].path == embeddings
     assert "GET /models" in made
+
+
+ASKS = {"POST /chat/completions", "POST /completions"}
+
+
+@pytest.mark.parametrize(
+    ("config", "asking"),
+    [
+        ({}, ASKS),
+        ({"streamUsage": True}, ASKS),
+        ({"streamUsage": False}, set()),
+        ({"defaults": {"stream_options": {"include_usage": True}}}, {"POST /completions"}),
+        ({"overrides": {"stream_options": {}}}, {"POST /completions"}),
+    ],
+)
+def test_which_operations_ask_for_the_usage_of_streams(config: dict[str, Any], asking: set[str]) -> None:
+    """Those that have `stream_options`, if it is not switched off and not configured otherwise."""
+    listed = {"path": "/completions", "model": "m"}
+    made = operations_of("/v1/chat/completions", listed, **config)
+    assert {key for key, operation in made.items() if STREAM_USAGE in (operation.members or ())} == asking
+
+
+def test_stream_usage_of_a_rule() -> None:
+    """What a rule does not say of it, the default config says."""
+    configs = {
+        "defaultConfig": {"openAIConfig": {"streamUsage": False}},
+        "routeSpecificConfigs": {
+            "on": {"openAIConfig": {"streamUsage": True}},
+            "silent": {"openAIConfig": {"model": "m"}},
+        },
+    }
+    spec = only_provider(world(provider("llm", HOST, configs=configs))).spec
+    said = {rule: spec.config_for(rule).stream_usage for rule in (None, "on", "silent")}
+    assert said == {None: False, "on": True, "silent": False}
 
 
 def test_a_listed_operation_may_name_its_model() -> None:
@@ -89,6 +123,7 @@ def test_what_the_provider_says_of_members() -> None:
         (("b",), "[2.5]", "force"),
         (("stream",), "true", "fill"),
         (("a",), "1", "fill"),
+        (STREAM_USAGE.path, "true", "fill_stream"),
     ]
 
 
@@ -98,8 +133,7 @@ def test_what_the_provider_says_of_members() -> None:
 def cluster_of(host: str = HOST, mesh: MeshSettings | None = None, **spec: Any) -> dict[str, Any]:
     """Make the cluster of a provider, in proto field names."""
     found = only_provider(world(provider("llm", host, **spec)))
-    script = protos.DataSource(filename="/script.lua")
-    made = cluster(Destination.of(found), mesh or MeshSettings(), script, client_certificate=False)
+    made = cluster(Destination.of(found), mesh or MeshSettings(), SIDECAR, client_certificate=False)
     return dict(MessageToDict(made, preserving_proto_field_name=True, descriptor_pool=protos.POOL))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from crds.meshconfig import MeshConfig
 from tests.support.objects import backends, provider, route, world
 from translator.conditions import conditions
 from translator.proxy import Proxy, ProxyType
@@ -58,7 +59,7 @@ def test_a_provider_of_the_root_namespace_reaches_all() -> None:
 
 
 def test_the_root_namespace_is_a_setting() -> None:
-    mesh = MeshSettings(root_namespace="mesh-config")
+    mesh = MeshSettings(MeshConfig.model_validate({"rootNamespace": "mesh-config"}))
     objects = world(
         provider("mesh-config/llm", HOST), provider("istio-system/llm2", "b.example.com"), mesh=mesh
     )
@@ -261,7 +262,7 @@ def test_a_route_for_gateways_only_does_not_concern_sidecars() -> None:
         ),
         ({"providerHost": "b.example.com"}, "no LLMProvider with host b.example.com in namespace team-a"),
         ({"providerHost": "private.example.com"}, "no LLMProvider with host private.example.com"),
-        ({"backendRef": {"name": "svc"}}, "Service svc is not supported"),
+        ({"backendRef": {"name": "svc"}}, "Service team-a/svc does not exist"),
         (
             {"backendRef": {"kind": "InferencePool", "group": "x.k8s.io", "name": "p"}},
             "InferencePool p is not",
@@ -278,7 +279,7 @@ def test_a_reference_that_leads_nowhere_is_told_and_names_a_cluster_that_is_not_
         route("team-a/chat", "chat.example.com", {"backendRefs": [reference]}),
     )
     table = route_table(objects, sidecar("team-a"), "http_proxy")
-    assert table.destinations == ()
+    assert not any(host.destinations for host in table.hosts)
     (cluster,) = virtual_hosts(objects, sidecar("team-a"))["chat.example.com"]
     assert cluster.startswith("missing|")
     met, message = condition(objects, "team-a/chat", "ResolvedRefs")

@@ -1,0 +1,211 @@
+"""The status of the cluster's objects: what became of each, as conditions.
+
+`Accepted`: the object is valid, and counts. `ResolvedRefs`: what it refers to is there. `Programmed`: the
+Envoys that it is for have acknowledged it. One replica writes, only what is different, and not too fast.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import structlog
+
+from crds.problems import ObjectKey, Severity
+from llmplane.kubeapi import Api, ApiError
+from llmplane.leader import RENEW, Leader
+from llmplane.sources.kubernetes import Entry, path_of
+
+_LOG = structlog.get_logger(__name__)
+
+MANAGER = "llmplane"
+"""Who owns the conditions (server-side apply)."""
+_LOOK = 1.0
+"""Seconds between two looks at what is to be written."""
+_SHARE = 10
+"""A look may take a tenth of the time."""
+_PER_WRITE = 0.02
+"""Seconds between two writes."""
+_WRITE_AGAIN = 60.0
+"""Seconds after which the same status is written again, if somebody else has changed it."""
+_MOST = 32_768
+"""Characters that a message may have (metav1.Condition)."""
+_GONE = frozenset({404, 409})
+"""The object is not there any more, or another one has its name."""
+
+
+class Figure(NamedTuple):
+    """A condition, as far as it does not depend on what was written before."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+    generation: int
+
+
+def figures(entry: Entry, view: Mapping[str, Any] | None) -> tuple[Figure, ...]:
+    """Return the conditions of an object; `view` is what the control plane says of the version it serves.
+
+    Empty if that is not the newest good one yet.
+    """
+    texts = {
+        severity: "; ".join(_place(each) for each in entry.problems if each.severity is severity)
+        for severity in Severity
+    }
+    if entry.loaded is None:
+        programmed = "nothing of it is sent to proxies"
+        if view is not None:
+            programmed = (
+                f"the last good version ({view['generation']}) is in use at {view['programmed']} proxies"
+            )
+        return (
+            Figure("Accepted", "False", "Invalid", texts[Severity.ERROR], entry.generation),
+            Figure("Programmed", "False", "Invalid", programmed, entry.generation),
+        )
+    if view is None or view["generation"] != entry.generation:
+        return ()
+    found = {each["type"]: each for each in view["conditions"]}
+    result = []
+    for name in ("Accepted", "ResolvedRefs"):
+        if each := found.get(name):
+            parts = (each["message"], texts[Severity.WARNING] if name == "Accepted" else "")
+            message = "; ".join(part for part in parts if part)
+            result.append(Figure(name, str(each["status"]), each["reason"], message, entry.generation))
+    result.append(Figure("Programmed", *_programmed(view, found.get("Programmed")), entry.generation))
+    return tuple(result)
+
+
+def _programmed(view: Mapping[str, Any], objection: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    acknowledged, _, reached = view["programmed"].partition("/")
+    if objection is not None:
+        return "False", objection["reason"], f"{acknowledged}/{reached} proxies; {objection['message']}"
+    if reached == "0":
+        return "Unknown", "NoProxies", "no proxy that it is for is connected"
+    if acknowledged != reached:
+        return "False", "Pending", f"{acknowledged}/{reached} proxies"
+    return "True", "Programmed", f"{acknowledged}/{reached} proxies"
+
+
+def status_of(found: Iterable[Figure], before: Mapping[str, Any], now: str) -> dict[str, Any]:
+    """Return the status to write; `before` is the one that is there."""
+    known = {each.get("type"): each for each in before.get("conditions") or ()}
+    conditions = []
+    for figure in found:
+        old = known.get(figure.type, {})
+        same = old.get("status") == figure.status
+        conditions.append(
+            {
+                "type": figure.type,
+                "status": figure.status,
+                "observedGeneration": figure.generation,
+                "lastTransitionTime": old.get("lastTransitionTime", now) if same else now,
+                "reason": figure.reason,
+                "message": figure.message[:_MOST],
+            }
+        )
+    word = next((each["reason"] for each in conditions if each["status"] != "True"), "OK")
+    return {"status": word, "conditions": conditions}
+
+
+def is_written(wanted: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether all of a status is there; conditions of others may be beside ours."""
+    known = {each.get("type"): each for each in before.get("conditions") or ()}
+    return before.get("status") == wanted["status"] and all(
+        known.get(each["type"]) == each for each in wanted["conditions"]
+    )
+
+
+_Due = tuple[Entry, tuple[Figure, ...], dict[str, Any]]
+
+
+class StatusWriter:
+    """Writes what `views` says of the objects that `entries` has, as long as the leader."""
+
+    def __init__(
+        self,
+        api: Api,
+        leader: Leader,
+        entries: Callable[[], Iterable[Entry]],
+        views: Callable[[], Iterable[Mapping[str, Any]]],
+    ) -> None:
+        self._api = api
+        self._leader = leader
+        self._entries = entries
+        self._views = views
+        self._written: dict[str, tuple[tuple[Figure, ...], float]] = {}
+        """What was written last of each object, by its uid, and when."""
+
+    async def run(self) -> None:
+        """Write until cancelled, then let another replica do it."""
+        tasks = (asyncio.create_task(self._lead()), asyncio.create_task(self._write()))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await self._leader.release()
+
+    async def _lead(self) -> None:
+        while True:
+            try:
+                await self._leader.step()
+            except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
+                _LOG.exception("the Lease could not be looked after")
+            await asyncio.sleep(RENEW)
+
+    async def _write(self) -> None:
+        while True:
+            look = 0.0
+            if self._leader.is_leading:
+                try:
+                    began = time.monotonic()
+                    due = list(self._due())
+                    look = time.monotonic() - began
+                    await self._write_all(due)
+                except ApiError as error:
+                    _LOG.warning("a status cannot be written", problem=str(error))
+                    await asyncio.sleep(max(RENEW, error.retry_after))
+                except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
+                    _LOG.exception("a status could not be written")
+            await asyncio.sleep(max(_LOOK, _SHARE * look))
+
+    def _due(self) -> Iterator[_Due]:
+        """Yield what is to be written."""
+        views = {ObjectKey(view["kind"], view["namespace"], view["name"]): view for view in self._views()}
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        there = set()
+        for entry in self._entries():
+            there.add(entry.uid)
+            found = figures(entry, views.get(entry.key))
+            if not found:
+                continue
+            status = status_of(found, entry.status, now)
+            last, at = self._written.get(entry.uid, ((), 0.0))
+            is_recent = last == found and time.monotonic() - at < _WRITE_AGAIN
+            if not is_recent and not is_written(status, entry.status):
+                yield entry, found, status
+        for uid in self._written.keys() - there:
+            del self._written[uid]
+
+    async def _write_all(self, due: Iterable[_Due]) -> None:
+        for entry, found, status in due:
+            if not self._leader.is_leading:
+                return
+            metadata = {"name": entry.key.name, "namespace": entry.key.namespace, "uid": entry.uid}
+            body = {"apiVersion": entry.api_version, "kind": entry.key.kind, "metadata": metadata}
+            try:
+                await self._api.apply(f"{path_of(entry)}/status", {**body, "status": status}, MANAGER)
+            except ApiError as error:
+                if error.status not in _GONE:
+                    raise
+            self._written[entry.uid] = (found, time.monotonic())
+            await asyncio.sleep(_PER_WRITE)
+
+
+def _place(problem: Any) -> str:
+    return f"{problem.field}: {problem.message}" if problem.field else str(problem.message)

@@ -1,0 +1,59 @@
+"""Many hosts on a gateway: its listeners have scoped routes, each its own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
+from tests.support.client import GatewayClient
+from tests.support.objects import backends, gateway, provider, route, server
+from translator.scopes import MARGIN, THRESHOLD
+
+MANY = THRESHOLD + MARGIN + 1
+
+
+@pytest.fixture(scope="module")
+def gateway_lab() -> Iterator[Lab]:
+    with running_lab() as lab:
+        lab.start_gateway()
+        yield lab
+
+
+@pytest.mark.parametrize("count", [3, MANY], ids=["few", "many"])
+def test_each_port_has_its_own_routes(gateway_lab: Lab, count: int) -> None:
+    """One host, two Gateways with a port each, two routes."""
+    hosts = [f"host-{number}.example.com" for number in range(count)]
+    rules = {"one": "model-one", "two": "model-two"}
+    objects = [
+        route(
+            f"{name}-{number}",
+            host,
+            {"name": name, "backendRefs": backends(DASHSCOPE)},
+            gateways=[f"istio-system/{name}"],
+        )
+        for name in rules
+        for number, host in enumerate(hosts)
+    ]
+    configs = {name: {"openAIConfig": {"model": model}} for name, model in rules.items()}
+    of_rules = {
+        "defaultConfig": {"openAIConfig": {"apiKey": KEYS[DASHSCOPE]}},
+        "routeSpecificConfigs": configs,
+    }
+    gateway_lab.apply(
+        provider("istio-system/llm", DASHSCOPE, configs=of_rules),
+        gateway("istio-system/one", server(number=80)),
+        gateway("istio-system/two", server(number=81)),
+        *objects,
+    )
+    dump = gateway_lab.envoy_admin("/config_dump?resource=dynamic_listeners", "istio-ingressgateway")
+    assert ('"scoped_routes"' in dump) == (count == MANY)
+    address = gateway_lab.mesh.gateways[0].bind_address
+    for port, model in ((80, "model-one"), (81, "model-two")):
+        client = GatewayClient(address, port)
+        for host in (hosts[0], hosts[-1], hosts[1].upper(), f"{hosts[2]}:8443"):
+            answer = client.request(host, headers={"x-envoy-llmplane-routes": "http.80"})
+            assert (answer.status, answer.json().get("model")) == (200, model)
+        assert client.request("nobody.example.com").status == 404
+    assert not [
+        name for seen in gateway_lab.all_seen() for name, _ in seen.headers if "llmplane" in name.lower()
+    ]

@@ -1,0 +1,107 @@
+"""deploy/kubernetes on a real API server, and the control plane with exactly the rights that it gives."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.envoy.conftest import DASHSCOPE, KEYS
+from tests.kube.lab import KubeLab, running_kube_lab
+from tests.support.kube import ROOT, ApiServer
+from tests.support.wait import eventually
+
+ACCOUNT = "llmplane-system:llmplane"
+
+
+@pytest.fixture(scope="module")
+def deployed(cluster: ApiServer) -> ApiServer:
+    """Give the cluster with all manifests; there is no kubelet that would run what they deploy."""
+    cluster.kubectl("apply", "-k", str(ROOT / "deploy" / "kubernetes"))
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def lab(deployed: ApiServer) -> Iterator[KubeLab]:
+    """Run the control plane as the service account."""
+    deployed.kubectl("create", "namespace", "tenant")
+    token = deployed.kubectl("-n", "llmplane-system", "create", "token", "llmplane").strip()
+    with tempfile.TemporaryDirectory() as directory:
+        file = deployed.write_kubeconfig(Path(directory) / "kubeconfig", token, "llmplane-system")
+        with running_kube_lab(deployed, "tenant", kubeconfig=file) as lab:
+            yield lab
+
+
+def test_the_manifests_are_taken_and_stay_as_they_are(deployed: ApiServer) -> None:
+    again = deployed.kubectl("apply", "-k", str(ROOT / "deploy" / "kubernetes"))
+    assert {line.rpartition(" ")[2] for line in again.splitlines()} == {"unchanged"}
+
+
+def test_the_pods_meet_the_restricted_standard(deployed: ApiServer) -> None:
+    """The API server warns where a Deployment's pods would be refused."""
+    answer = deployed.kubectl("-n", "llmplane-system", "get", "deployment", "llmplane", "-o", "yaml")
+    replaced = deployed.kubectl("replace", "--dry-run=server", "--warnings-as-errors", "-f", "-", text=answer)
+    assert "replaced" in replaced
+
+
+def test_it_works_with_the_rights_that_it_has(lab: KubeLab) -> None:
+    lab.apply(
+        f"""
+apiVersion: v1
+kind: Secret
+metadata: {{name: keys}}
+stringData: {{dashscope: {KEYS[DASHSCOPE]}}}
+---
+apiVersion: istio.alibabacloud.com/v1beta1
+kind: LLMProvider
+metadata: {{name: dashscope}}
+spec:
+  host: {DASHSCOPE}
+  path: /compatible-mode/v1/chat/completions
+  configs: {{defaultConfig: {{openAIConfig: {{model: m, apiKeySecretRef: {{name: keys, key: dashscope}}}}}}}}
+"""
+    )
+    lab.answer_when(DASHSCOPE, lambda answer: answer.status == 401)
+    eventually(lambda: "secrets is forbidden" in str(lab.mesh.status()["problems"]))
+    lab.kubectl(
+        "create", "rolebinding", "llmplane-secrets", "--clusterrole=llmplane-secrets",
+        f"--serviceaccount={ACCOUNT}",
+    )  # fmt: skip
+    lab.answer_when(DASHSCOPE, lambda answer: answer.status == 200)
+    lab.kubectl("wait", "--for=condition=Programmed", "--timeout=60s", "llmp", "dashscope")
+    before = published(lab)
+    lab.cluster.apply(MESH)
+    eventually(lambda: published(lab) > before)
+    lab.kubectl("-n", "istio-system", "delete", "configmap", "istio")
+    lease = lab.cluster.get("lease", "llmplane", "-n", "llmplane-system")
+    assert lease["spec"]["holderIdentity"]
+    assert "forbidden" not in lab.mesh.log("control-plane").replace("secrets is forbidden", "")
+
+
+MESH = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data: {mesh: "accessLogFile: /dev/stdout"}
+"""
+
+
+def published(lab: KubeLab) -> int:
+    return lab.mesh.log("control-plane").count('"published"')
+
+
+@pytest.mark.parametrize(
+    "may_not",
+    [
+        ("list", "secrets", "--all-namespaces"),
+        ("get", "secrets", "--namespace=default"),
+        ("list", "configmaps", "--namespace=istio-system"),
+        ("update", "llmproviders.istio.alibabacloud.com", "--namespace=default"),
+        ("create", "pods", "--namespace=llmplane-system"),
+        ("update", "leases.coordination.k8s.io/other", "--namespace=llmplane-system"),
+    ],
+)
+def test_what_it_may_not_do(deployed: ApiServer, may_not: tuple[str, ...]) -> None:
+    account = f"--as=system:serviceaccount:{ACCOUNT}"
+    answer = deployed.kubectl("auth", "can-i", *may_not, account, check=False)
+    assert answer.strip() == "no"
