@@ -97,6 +97,8 @@ class Fault(BaseModel):
     """How many of the prompt's tokens came from a cache. Without it: nothing is said of them."""
     reasoning_tokens: int | None = Field(default=None, ge=0, le=_COMPLETION_TOKENS)
     """How many of the answer's tokens are reasoning. Without it: nothing is said of them."""
+    no_usage: bool = False
+    """Say nothing of tokens in the answers of chats and completions, as some servers do."""
     rejects: frozenset[str] = frozenset()
     """Answer 400 to requests whose body has one of these members, as some servers do to `stream_options`."""
     times: int | None = Field(default=None, ge=1)
@@ -489,6 +491,7 @@ class _Answer(NamedTuple):
     text: str
     chunks: list[str]
     stream: bool
+    no_usage: bool
     include_usage: bool
     cached: int | None
     reasoning: int | None
@@ -511,7 +514,10 @@ class _Answer(NamedTuple):
             text=text,
             chunks=_cut(text, fault.chunks),
             stream=question.get("stream") is True,
-            include_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
+            no_usage=fault.no_usage,
+            include_usage=isinstance(stream_options, dict)
+            and stream_options.get("include_usage") is True
+            and not fault.no_usage,
             cached=fault.cached_tokens,
             reasoning=fault.reasoning_tokens,
             question=question,
@@ -574,7 +580,7 @@ def _completion(answer: _Answer, kind: str, choice: dict[str, Any]) -> dict[str,
     return {
         "choices": [{**choice, "finish_reason": "stop", "index": 0, "logprobs": None}],
         "object": kind,
-        "usage": _usage(answer),
+        **({} if answer.no_usage else {"usage": _usage(answer)}),
         "created": answer.created,
         "system_fingerprint": None,
         "model": answer.model,
