@@ -10,6 +10,7 @@ import pytest
 
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, Lab, running_lab
 from tests.support.wait import eventually
+from translator.features import Feature
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCUMENTS = {"000-traffic-routing": "qwen-1.8b-chat", "003-traffic-routing-ja": "qwen1.5-72b-chat"}
@@ -87,6 +88,7 @@ def test_the_access_log_tells_model_and_tokens(observed_lab: Lab) -> None:
     assert lines()[1] | {"duration": 0} == {"request_model": "qwen-turbo", **common, "duration": 0}
 
 
+@pytest.mark.needs(Feature.METRICS)
 def test_the_metrics_tell_tokens_and_the_telemetry_adds_the_model(observed_lab: Lab) -> None:
     url = f"http://{observed_lab.mesh.bind_address}:15090/stats/prometheus"
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
