@@ -1,5 +1,6 @@
 """Many hosts on a gateway: its listeners have scoped routes, each its own."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
 from tests.support.client import GatewayClient
 from tests.support.objects import backends, gateway, provider, route, server
+from tests.support.wait import eventually
 from translator.scopes import MARGIN, THRESHOLD
 
 MANY = THRESHOLD + MARGIN + 1
@@ -17,6 +19,11 @@ def gateway_lab() -> Iterator[Lab]:
     with running_lab() as lab:
         lab.start_gateway()
         yield lab
+
+
+def is_open(address: str, port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex((address, port)) == 0
 
 
 @pytest.mark.parametrize("count", [3, MANY], ids=["few", "many"])
@@ -50,6 +57,11 @@ def test_each_port_has_its_own_routes(gateway_lab: Lab, count: int) -> None:
     address = gateway_lab.mesh.gateways[0].bind_address
     for port, model in ((80, "model-one"), (81, "model-two")):
         client = GatewayClient(address, port)
+        # A new listener is acknowledged at once, opened when Envoy has its scopes, and answers 404 for a host
+        # as long as the routes of its scope are on their way.
+        eventually(lambda port=port: is_open(address, port))
+        for host in (hosts[0], hosts[-1], hosts[1], hosts[2]):
+            eventually(lambda client=client, host=host: client.request(host).status == 200)
         for host in (hosts[0], hosts[-1], hosts[1].upper(), f"{hosts[2]}:8443"):
             answer = client.request(host, headers={"x-envoy-llmplane-routes": "http.80"})
             assert (answer.status, answer.json().get("model")) == (200, model)
