@@ -93,6 +93,7 @@ class DeltaSubscription(Subscription):
                 shared = self._shared(piece, phase)
                 if shared is not None and piece is not new:
                     self._tip = piece
+                    self._more = True
                     return self._await(shared)
             if shared is None:
                 names = self._candidates(new) - changes.keys()
@@ -100,6 +101,7 @@ class DeltaSubscription(Subscription):
             due, self.unanswered = self.unanswered, False
             self.point = phase.target
             self._tip = new
+            self._more = False
             self._dirty.clear()
             if shared is not None:
                 return self._await(shared)

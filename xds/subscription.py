@@ -120,6 +120,7 @@ class Subscription:
         "_group",
         "_isolated",
         "_isolated_at",
+        "_more",
         "_node_id",
         "_number",
         "_started",
@@ -182,6 +183,8 @@ class Subscription:
         """The set that was last examined for changes."""
         self._dirty: set[str] = set()
         """Names to examine in addition to what changed since `_tip`."""
+        self._more = False
+        """What was sent last was a piece, and the others are to follow."""
         self._isolated: list[list[str]] = []
         """Members of refused responses, in parts that are to be sent on their own."""
         self._isolated_at = math.inf
@@ -200,7 +203,7 @@ class Subscription:
             self.point is point
             and self.waiting_since is None
             and not (self.forced or self.unanswered or self.deferred or self.refused)
-            and not (self._dirty or self._isolated)
+            and not (self._dirty or self._isolated or self._more)
         )
 
     def excuse(self) -> None:

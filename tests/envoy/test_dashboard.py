@@ -32,6 +32,8 @@ STREAM = json.dumps({"stream": True, "messages": [{"role": "user", "content": "H
 UNREACHABLE = "unreachable.example.com"
 VARIABLES = {
     "$__rate_interval": "30s",
+    "$__interval_ms": "1000",
+    "$__interval": "1s",
     "$__range": "5m",
     "$namespace": ".*",
     "$workload": ".*",

@@ -74,9 +74,9 @@ class DeltaProxy:
                 subscribe=sorted(self.names.get(type_url, ())), initial_versions=self.has[type_url]
             )
 
-    def subscribe(self, type_url: str, name: str) -> None:
-        self.names[type_url].add(name)
-        self.stream.subscription(type_url).request(subscribe=[name])
+    def subscribe(self, type_url: str, *names: str) -> None:
+        self.names[type_url].update(names)
+        self.stream.subscription(type_url).request(subscribe=names)
 
     def unsubscribe(self, type_url: str, name: str) -> None:
         self._drop(type_url, name)
@@ -154,8 +154,8 @@ class SotwProxy(DeltaProxy):
         names = sorted(self.names.get(type_url, ()))
         self.stream.subscription(type_url).request(names=names, nonce=self.nonces[type_url], error=error)
 
-    def subscribe(self, type_url: str, name: str) -> None:
-        self.names[type_url].add(name)
+    def subscribe(self, type_url: str, *names: str) -> None:
+        self.names[type_url].update(names)
         self._request(type_url)
 
     def unsubscribe(self, type_url: str, name: str) -> None:
@@ -225,6 +225,7 @@ steps = st.lists(
             st.sampled_from(NAMED),
             st.sampled_from((*NAMES, GLOB)),
         ),
+        st.tuples(st.just("subscribe"), which, st.sampled_from(NAMED), *2 * [st.sampled_from(NAMES)]),
         st.tuples(st.sampled_from(["read", "answer", "exchange", "wait", "reconnect"]), which),
     ),
     min_size=5,
@@ -823,8 +824,9 @@ def test_X2_pieces_of_what_is_new_keep_the_order_of_the_types() -> None:
     proxy = DeltaProxy(routed("a", "b"))
     proxy.subscribe(RDS, "a")
     proxy.subscribe(RDS, "b")
-    pieces = [(type_url, [name], []) for type_url in (CDS, LDS, RDS) for name in "ab"]
-    assert read_all(proxy) == pieces
+    pieces = read_all(proxy)
+    assert [type_url for type_url, _, _ in pieces] == [CDS, CDS, LDS, LDS, RDS, RDS]
+    assert all(len(names) == 1 for _, names, _ in pieces)
     answer_all(proxy)
     assert proxy.stream.next_response(0) is None
     assert has(proxy) == versions_of(*(resource(url, name) for url in (CDS, LDS, RDS) for name in "ab"))
@@ -856,6 +858,18 @@ def test_change_between_two_pieces_is_not_lost() -> None:
     publish(proxy, resource(CDS, "a", 2), resource(CDS, "c", 2), resource(CDS, "d"))
     settle(proxy)
     assert has(proxy) == versions_of(resource(CDS, "a", 2), resource(CDS, "c", 2), resource(CDS, "d"))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_all_pieces_follow_of_what_is_asked_for_later() -> None:
+    """The stream is at the newest point already: a listener that comes later asks for its many routes."""
+    proxy = DeltaProxy(routed("a", "b", "c", "d"))
+    proxy.subscribe(RDS, "a")
+    settle(proxy)
+    proxy.subscribe(RDS, "b", "c", "d")
+    assert sorted(read_all(proxy)) == [(RDS, [name], []) for name in "bcd"]
+    answer_all(proxy)
+    assert proxy.has[RDS].keys() == set("abcd")
 
 
 @pytest.mark.usefixtures("small_pieces")
