@@ -150,6 +150,14 @@ def shared_lab() -> Iterator[Lab]:
         yield lab
 
 
+@pytest.fixture(scope="module")
+def gateway_lab() -> Iterator[Lab]:
+    """Run a lab with an ingress gateway beside the sidecar, for all tests of a module."""
+    with running_lab() as started:
+        started.start_gateway()
+        yield started
+
+
 @pytest.fixture
 def lab(shared_lab: Lab) -> Lab:
     """Give the module's lab with nothing configured and nothing seen."""

@@ -1,7 +1,6 @@
 """APIKeyAuthentication on a real gateway: clients with keys of their own, which nobody else ever sees."""
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import openai
 import pytest
 
 from llmplane.fakellm import fingerprint
-from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
+from tests.envoy.conftest import DASHSCOPE, KEYS, Lab
 from tests.envoy.gateway import GATEWAY, Gateway
 from tests.support.client import Answer
 from tests.support.objects import backends, provider, route, secret
@@ -28,13 +27,6 @@ CLIENTS = secret(f"{ROOT}/clients", {"alice": ALICE, "bob": BOB})
 POLICY = api_key_authentication("clients")
 ISSUER = Issuer("https://issuer.example.com")
 TOKENS = request_authentication({"issuer": ISSUER.name, "jwks": ISSUER.jwks})
-
-
-@pytest.fixture(scope="module")
-def gateway_lab() -> Iterator[Lab]:
-    with running_lab() as lab:
-        lab.start_gateway()
-        yield lab
 
 
 @pytest.fixture

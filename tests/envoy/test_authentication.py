@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmplane.fakellm import fingerprint
-from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
+from tests.envoy.conftest import DASHSCOPE, KEYS, Lab
 from tests.envoy.gateway import Gateway
 from tests.support.client import Answer
 from tests.support.policies import authorization_policy, request_authentication
@@ -18,13 +18,6 @@ ISSUER = Issuer("https://issuer.example.com")
 OTHER = Issuer("https://other.example.com")
 INLINE = {"issuer": ISSUER.name, "jwks": ISSUER.jwks}
 NEEDS_TOKEN = authorization_policy({"from": [{"source": {"requestPrincipals": ["*"]}}]})
-
-
-@pytest.fixture(scope="module")
-def gateway_lab() -> Iterator[Lab]:
-    with running_lab() as lab:
-        lab.start_gateway()
-        yield lab
 
 
 @pytest.fixture

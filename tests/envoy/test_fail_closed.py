@@ -12,7 +12,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
+from tests.envoy.conftest import DASHSCOPE, KEYS, Lab
 from tests.envoy.gateway import Gateway
 from tests.support.objects import backends, route, secret
 from tests.support.policies import (
@@ -38,13 +38,6 @@ NOT_ALICE = authorization_policy(
 """A good policy: /secret is closed, the rest open."""
 BROKEN = authorization_policy({"to": [{"operation": {"pathz": ["/secret"]}}]}, action="DENY")
 """The same policy with a slip of the pen."""
-
-
-@pytest.fixture(scope="module")
-def gateway_lab() -> Iterator[Lab]:
-    with running_lab() as lab:
-        lab.start_gateway()
-        yield lab
 
 
 @pytest.fixture

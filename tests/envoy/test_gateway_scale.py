@@ -2,24 +2,16 @@
 
 import json
 import socket
-from collections.abc import Iterator
 
 import pytest
 
-from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
+from tests.envoy.conftest import DASHSCOPE, KEYS, Lab
 from tests.support.client import GatewayClient
 from tests.support.objects import backends, gateway, provider, route, server
 from tests.support.wait import eventually
 from translator.scopes import MARGIN, THRESHOLD
 
 MANY = THRESHOLD + MARGIN + 1
-
-
-@pytest.fixture(scope="module")
-def gateway_lab() -> Iterator[Lab]:
-    with running_lab() as lab:
-        lab.start_gateway()
-        yield lab
 
 
 def is_open(address: str, port: int) -> bool:

@@ -5,7 +5,6 @@ import re
 import shutil
 import socketserver
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from llmplane.fakellm import Fault
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab, running_lab
 from tests.support.envoy import running_envoy
 from tests.support.objects import backends, provider, route
+from tests.support.serving import serving_tcp
 from tests.support.wait import eventually
 from translator.proxy import ProxyType
 
@@ -393,9 +393,5 @@ def cut_page(content: bytes, size: int) -> Iterator[int]:
                 self.wfile.write(content[start : start + size])
                 time.sleep(0.001)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield int(server.server_address[1])
-        server.shutdown()
-        thread.join()
+    with serving_tcp(Handler) as port:
+        yield port

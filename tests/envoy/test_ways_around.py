@@ -12,7 +12,7 @@ import h2.connection
 import h2.events
 import pytest
 
-from tests.envoy.conftest import DASHSCOPE, Lab, running_lab
+from tests.envoy.conftest import DASHSCOPE, Lab
 from tests.envoy.gateway import Gateway
 from tests.support.client import MESSAGES, Answer
 from tests.support.objects import backends, route, secret
@@ -30,13 +30,6 @@ CLIENTS = secret(f"{ROOT}/clients", {"alice": ALICE, "bob": BOB})
 ISSUER = Issuer("https://issuer.example.com")
 EVERY_HOST = route("every", "*", {"backendRefs": backends(DASHSCOPE)}, gateways=[f"{ROOT}/ingress-gw"])
 DENIED = (403, b"RBAC: access denied")
-
-
-@pytest.fixture(scope="module")
-def gateway_lab() -> Iterator[Lab]:
-    with running_lab() as lab:
-        lab.start_gateway()
-        yield lab
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """External authorization services; as Istio's sample, they let pass what has `x-ext-authz: allow`."""
 
-import socketserver
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
@@ -12,6 +10,8 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
+
+from tests.support.serving import serving_tcp
 
 DENIED = b"denied by the authorization service"
 _HEADER = "x-ext-authz"
@@ -63,19 +63,8 @@ def running_http_service() -> Iterator[AuthorizationService]:
             self.end_headers()
             self.wfile.write(answer)
 
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        block_on_close = False
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        service.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield service
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving_tcp(Handler) as service.port:
+        yield service
 
 
 @contextmanager

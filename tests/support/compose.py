@@ -10,15 +10,13 @@ import os
 import re
 import secrets
 import shlex
-import socketserver
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +26,7 @@ import yaml
 
 from llmplane.envoy import find_envoy
 from llmplane.local import end
+from tests.support.dns import asking, running_dns_server
 
 ROOT = Path(__file__).parents[2]
 OWN_IMAGE = "llmplane"
@@ -81,7 +80,7 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
 
     def __init__(self) -> None:
         self.services: dict[str, dict[str, Any]] = compose_file()["services"]
-        self.queries: set[str] = set()
+        self.queries: AbstractSet[str] = set()
         """The names that Envoy's DNS was asked for."""
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._subnet = f"127.{64 + secrets.randbelow(128)}.{secrets.randbelow(256)}"
@@ -96,9 +95,11 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
             binaries.mkdir()
             (binaries / "envoy").symlink_to(find_envoy())
             self._path = os.pathsep.join([str(binaries), str(Path(sys.executable).parent), os.defpath])
-            dns = stack.enter_context(_running_dns(self._names(), f"{self._subnet}.253", self.queries))
+            dns = stack.enter_context(running_dns_server())
+            dns.records = {name: [address] for name, address in self._names().items()}
+            self.queries = dns.asked
             self._envoy_options = ["--use-dynamic-base-id", "--concurrency", "1"]
-            self._envoy_options += ["--config-yaml", json.dumps({"typed_dns_resolver_config": _cares(dns)})]
+            self._envoy_options += ["--config-yaml", json.dumps(asking(dns.port))]
             self._stack = stack.pop_all()
         return self
 
@@ -251,57 +252,3 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
 
     def _logs(self) -> str:
         return "".join(f"\n--- {name}\n{self.log(name)[-3000:]}" for name in self._processes)
-
-
-def _cares(dns: tuple[str, int]) -> dict[str, Any]:
-    kind = "envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig"
-    config = {
-        "@type": f"type.googleapis.com/{kind}",
-        "resolvers": [{"socket_address": {"address": dns[0], "port_value": dns[1]}}],
-        "dns_resolver_options": {"no_default_search_domain": True},
-    }
-    return {"name": "envoy.network.dns_resolver.cares", "typed_config": config}
-
-
-@contextmanager
-def _running_dns(names: Mapping[str, str], address: str, queries: set[str]) -> Iterator[tuple[str, int]]:
-    """Run a DNS server (RFC 1035) with A records for `names`; other names do not exist."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            packet, reply = self.request
-            queries.add(_query_name(packet))
-            reply.sendto(_dns_answer(packet, names), self.client_address)
-
-    with socketserver.UDPServer((address, 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield address, server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def _labels(packet: bytes) -> Sequence[bytes]:
-    labels, position = [], 12
-    while packet[position]:
-        labels.append(packet[position + 1 : position + 1 + packet[position]])
-        position += 1 + packet[position]
-    return labels
-
-
-def _query_name(packet: bytes) -> str:
-    return b".".join(_labels(packet)).decode().lower()
-
-
-def _dns_answer(packet: bytes, names: Mapping[str, str]) -> bytes:
-    end_of_name = 12 + sum(1 + len(label) for label in _labels(packet)) + 1
-    question = packet[12 : end_of_name + 4]
-    address = names.get(_query_name(packet))
-    is_a = question[-4:] == struct.pack("!HH", 1, 1)
-    record = b""
-    if address and is_a:
-        record = struct.pack("!HHHIH4B", 0xC00C, 1, 1, 60, 4, *map(int, address.split(".")))
-    flags = 0x8580 | (0 if address else 3)  # authoritative; NXDOMAIN
-    return packet[:2] + struct.pack("!HHHHH", flags, 1, bool(record), 0, 0) + question + record

@@ -2,13 +2,14 @@
 
 import socketserver
 import struct
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
+
+from tests.support.serving import serving_udp
 
 _RESPONSE = 0x8180  # a response, recursion desired and available
 _NAME_ERROR = 3
@@ -67,12 +68,5 @@ def running_dns_server() -> Iterator[DnsServer]:
             time.sleep(state.delay)
             socket.sendto(state.answer(query), self.client_address)
 
-    with socketserver.ThreadingUDPServer(("127.0.0.1", 0), Handler) as server:
-        state.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield state
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving_udp(Handler) as state.port:
+        yield state

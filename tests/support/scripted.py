@@ -8,7 +8,6 @@ are one to the filters; `pause` keeps them apart.
 import socket
 import socketserver
 import struct
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,8 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
+
+from tests.support.serving import serving_tcp
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -78,19 +79,8 @@ def running_scripted_server() -> Iterator[ScriptedServer]:
                 else:
                     _serve_http1(connection, state)
 
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        block_on_close = False
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        state.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield state
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving_tcp(Handler) as state.port:
+        yield state
 
 
 def _serve_http1(connection: socket.socket, state: ScriptedServer) -> None:

@@ -2,10 +2,11 @@
 
 import queue
 import socketserver
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from tests.support.serving import serving_tcp
 
 
 @dataclass
@@ -45,17 +46,8 @@ def running_piecewise_server() -> Iterator[PiecewiseServer]:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             self.wfile.write(b"0\r\n\r\n")
 
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        block_on_close = False
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        state.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with serving_tcp(Handler) as state.port:
         try:
             yield state
         finally:
             state.end()
-            server.shutdown()
-            thread.join()

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from tests.support.serving import serving
 
 FOREVER = 4102444800
 """The year 2100, in seconds since the epoch."""
@@ -67,13 +68,8 @@ def running_key_server() -> Iterator[KeyServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         keys = KeyServer(server.server_address[1])
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
+        with serving(server):
             yield keys
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def _encode(value: dict[str, Any]) -> str:

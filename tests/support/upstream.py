@@ -1,11 +1,12 @@
 """An HTTP/1.1 server that keeps the exact bytes of the requests that reach it."""
 
 import socketserver
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedIOBase
+
+from tests.support.serving import serving_tcp
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,8 @@ def running_upstream() -> Iterator[Upstream]:
                 head = f"HTTP/1.1 {upstream.status} -\r\ncontent-type: application/json\r\n"
                 self.wfile.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
 
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        block_on_close = False
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        upstream.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield upstream
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving_tcp(Handler) as upstream.port:
+        yield upstream
 
 
 def _read_request(stream: BufferedIOBase) -> Received | None:
