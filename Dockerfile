@@ -11,7 +11,8 @@ COPY llmplane llmplane
 # llmplane/examples is a link to it.
 COPY examples examples
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
-RUN python -m venv /opt/llmplane && /opt/llmplane/bin/pip install --no-cache-dir /wheels/llmplane-*.whl
+RUN python -m venv /opt/llmplane \
+ && /opt/llmplane/bin/pip install --no-cache-dir "$(echo /wheels/llmplane-*.whl)[ratelimit]"
 
 FROM python:3.13-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin llmplane \

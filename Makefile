@@ -1,18 +1,21 @@
 # make demo   the documents' scenarios on this machine, in a virtual environment of its own
-# make test   all checks and tests; `make test-unit`, `make test-xds`, `make test-envoy` run one layer
+# make test   all checks and tests but those of `make test-kube`; `make test-unit`, `make test-xds`, `make test-envoy`
+#             run one layer
+# make test-kube   the tests on a real API server of Kubernetes
 # make bench  measurements, each beside its reference
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-unit test-xds test-xds-harness test-envoy test-envoy-versions test-kube kube-assets bench bench-xds golden clean
+.PHONY: demo test lint test-unit test-xds test-xds-harness test-envoy test-envoy-versions test-kube kube-assets bench bench-kube bench-xds golden clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/llmplane demo
 
 test: lint
-	$(BIN)/python -m pytest -p no:cacheprovider tests/unit tests/golden tests/xds tests/envoy tests/kube
+	$(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile tests/unit tests/golden tests/xds tests/envoy
+	@echo "left out: tests/kube, which need a real API server (make test-kube)"
 
 test-unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/unit tests/golden
@@ -27,7 +30,8 @@ test-xds-harness: $(VENV)/.installed-dev
 test-envoy: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/envoy
 
-# With a real API server of Kubernetes, which `make kube-assets` builds once (needs Go, some ten minutes).
+# With a real API server of Kubernetes, which `make kube-assets` builds once (needs Go, some ten minutes). Nothing
+# is skipped here: what is missing is an error.
 test-kube: kube-assets
 	$(BIN)/python -m pytest tests/kube --kube-is-there
 
@@ -49,6 +53,10 @@ bench: $(VENV)/.installed-dev
 
 bench-xds: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks xds
+
+# On a real API server of Kubernetes (as `make test-kube`).
+bench-kube: kube-assets
+	$(BIN)/python -m benchmarks kube
 
 # Rewrites what is derived: golden files, CRDs, message descriptors, the bootstraps of docker-compose.yaml.
 golden: $(VENV)/.installed-dev

@@ -1,8 +1,8 @@
-"""`python -m benchmarks [request|observability|change|routes|translate|size|xds]... [--quick]`."""
+"""`python -m benchmarks [NAME]... [--quick]`, with the names below."""
 
 import click
 
-from benchmarks import change, observability, report, request, routes, size, translate, xds
+from benchmarks import change, kube, observability, ratelimit, report, request, routes, size, translate, xds
 
 _BENCHMARKS = {
     "request": request.measure,
@@ -11,7 +11,9 @@ _BENCHMARKS = {
     "routes": routes.measure,
     "translate": translate.measure,
     "size": size.measure,
+    "ratelimit": ratelimit.measure,
     "xds": xds.measure,
+    "kube": kube.measure,
 }
 
 

@@ -18,10 +18,16 @@ from translator.proxy import Proxy, ProxyType
 from translator.translate import Translator
 from translator.world import MeshSettings, World
 from xds import protos
-from xds.resources import CDS, LDS, RDS, SDS, Resource
+from xds.resources import CDS, ECDS, LDS, RDS, SDS, Resource
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_MESSAGES = {CDS: protos.Cluster, LDS: protos.Listener, RDS: protos.RouteConfiguration, SDS: protos.Secret}
+_MESSAGES = {
+    CDS: protos.Cluster,
+    ECDS: protos.TypedExtensionConfig,
+    LDS: protos.Listener,
+    RDS: protos.RouteConfiguration,
+    SDS: protos.Secret,
+}
 
 
 def cpu_seconds(pid: int) -> float:
@@ -45,10 +51,10 @@ def resident_bytes(pid: int) -> int:
 
 
 @contextmanager
-def running_fake_llm(host: str, ca_dir: Path) -> Iterator[str]:
-    """Run a fake LLM that plays `host`, in a process of its own; yields ADDRESS:PORT."""
+def running_fake_llm(host: str, ca_dir: Path, *options: str) -> Iterator[str]:
+    """Run a fake LLM that plays `host`, with `options`, in its own process; yields ADDRESS:PORT."""
     command = [sys.executable, "-m", "llmplane.fakellm", "--listen", "127.0.0.1:0", "--host", host]
-    command += ["--ca-dir", str(ca_dir), "--maxlen", "1"]
+    command += ["--ca-dir", str(ca_dir), "--maxlen", "1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -102,13 +108,15 @@ def message(resource: Resource) -> Any:
 
 def as_static(resources: Sequence[Resource]) -> dict[str, list[Any]]:
     """Return the resources of a sidecar as `static_resources`, for the same Envoy without a control plane."""
-    found: dict[str, list[Any]] = {CDS: [], LDS: [], RDS: [], SDS: []}
+    found: dict[str, list[Any]] = {CDS: [], ECDS: [], LDS: [], RDS: [], SDS: []}
     for resource in resources:
         if resource.type_url in found:
             found[resource.type_url].append(_without_ads(to_dict(message(resource))))
     (listener,) = found[LDS]
     listener["address"]["socket_address"]["port_value"] = 0
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    filters = {each["name"]: each for each in found[ECDS]}
+    manager["http_filters"] = [filters.get(each["name"], each) for each in manager["http_filters"]]
     for dynamic in ("rds", "scoped_routes"):
         manager.pop(dynamic, None)
     hosts = [host for routes in found[RDS] for host in routes["virtual_hosts"]]

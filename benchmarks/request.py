@@ -69,10 +69,24 @@ http {{
 """
 ANSWER = '{"object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
 
+_LIMIT = """\
+apiVersion: istio.alibabacloud.com/v1beta1
+kind: LLMTokenRateLimit
+metadata:
+  name: per-user
+spec:
+  keys:
+    - header: x-user
+  rules:
+    - limits:
+        - {tokens: 4294967294, unit: Hour}
+"""
+
 _WRK = """\
 local file = io.open("{body}")
 wrk.method, wrk.body = "POST", file:read("*a")
 wrk.headers["Host"], wrk.headers["Content-Type"] = "{host}", "application/json"
+wrk.headers["x-user"] = "alice"
 function done(summary, latency)
   local e = summary.errors
   io.stderr:write(string.format('{{"requests": %d, "errors": %d, "p50": %d, "p99": %d}}', summary.requests,
@@ -238,12 +252,14 @@ def _start(stack: ExitStack, directory: Path) -> list[Way]:
     settings = mesh_settings(None, [(Address(HOST, 443), Address("127.0.0.1", port))], ca_file)
     static = as_static(translated([text], settings))
     empty = with_filters(static, ["Lua", "CredentialInjector"], "")
+    limited = as_static(translated([text, _LIMIT], settings))
     ways = [
         running(stack, "bare router", bare(port, ca_file)),
         running(stack, "+ our listener, routes and cluster", with_filters(static, [])),
         running(stack, "+ credential injector", with_filters(static, ["CredentialInjector"])),
         running(stack, "+ empty Lua filter", empty),
         running(stack, "+ the shipped script", static),
+        running(stack, "+ an LLMTokenRateLimit by header", limited),
     ]
     return [*ways, Way("llmplane, all of it", f"{mesh.bind_address}:{HTTP_PROXY_PORT}", mesh.proxy.pid)]
 

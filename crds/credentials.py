@@ -15,6 +15,7 @@ _SECRET = {
 }  # fmt: skip
 _HARMLESS = {
     "idempotency-key",
+    "llm.ratelimit.key",
     "llm.time_per_output_token",
     "llm.time_to_first_token",
     "www-authenticate",

@@ -6,7 +6,7 @@ left out with a warning before these models see them (crds.meshconfig).
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
@@ -116,6 +116,32 @@ class Prometheus(Model):
     """The metrics at the proxy's port 15090."""
 
 
+class RateLimitTLS(Model):
+    """TLS to a rate limit service. Its certificate must be of the mesh's trust roots, and for its host."""
+
+    mode: Literal["DISABLE", "SIMPLE", "MUTUAL"] = "DISABLE"
+    """DISABLE: no TLS. SIMPLE: TLS. MUTUAL: with the certificate of the proxy's workload, too."""
+
+
+class EnvoyRateLimit(Model):
+    """A service that implements envoy.service.ratelimit.v3.RateLimitService. Not a provider of Istio.
+
+    Limits are sent with each request, so that the service needs no configuration but the domain `llmplane`.
+    """
+
+    service: ServiceName
+    """Host of the service: `[<namespace>/]<host>`."""
+    port: Port
+    """Port of the service."""
+    timeout: PositiveDuration = timedelta(milliseconds=250)
+    """How long its answer may take; after that it counts as failed."""
+    refunds: Flag = False
+    """Whether the service gives back by is_negative_hits, as `llmplane ratelimit` does. To others, such as
+    github.com/envoyproxy/ratelimit, nothing is given back: they would add it."""
+    tls: RateLimitTLS = Field(default_factory=RateLimitTLS)
+    """How it is spoken to."""
+
+
 class ExtensionProvider(Model):
     """A provider by its name; it is of exactly one kind."""
 
@@ -133,6 +159,8 @@ class ExtensionProvider(Model):
     """Traces for an OpenTelemetry collector."""
     prometheus: Prometheus | None = None
     """Metrics at the proxy's port 15090."""
+    envoy_rate_limit: EnvoyRateLimit | None = None
+    """A rate limit service, for LLMTokenRateLimits of mode Global. Not a kind of Istio's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,11 +13,12 @@ from crds.core import Secret, Service
 from crds.gateway import Gateway
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
+from crds.llmtokenratelimit import LLMTokenRateLimit
 from crds.meta import GROUP, VERSIONS, BaseObject
 from crds.requestauthentication import RequestAuthentication
 from crds.telemetry import Telemetry
 
-OWN: tuple[type[BaseObject], ...] = (LLMProvider, LLMRoute, APIKeyAuthentication)
+OWN: tuple[type[BaseObject], ...] = (LLMProvider, LLMRoute, APIKeyAuthentication, LLMTokenRateLimit)
 """The kinds of `GROUP`."""
 
 ISTIO: Mapping[str, Mapping[type[BaseObject], tuple[str, ...]]] = {

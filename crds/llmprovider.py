@@ -22,6 +22,7 @@ from crds.values import (
     Host,
     JsonMembers,
     KubernetesName,
+    Limit,
     Line,
     OperationPath,
     Port,
@@ -34,6 +35,9 @@ from crds.values import (
 
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}")
 _KEY = re.compile(r"[!-~]+")
+
+MAX_REQUEST_BYTES = 32 * 1024 * 1024
+"""Size of the largest request body where a provider says nothing of it."""
 
 
 def check_api_key(key: str) -> str:
@@ -269,16 +273,67 @@ class OutlierDetection(Model):
     """When a provider's address is left out for a while; names and defaults of Istio's DestinationRule."""
 
     consecutive_5xx_errors: Count = Field(5, alias="consecutive5xxErrors")
-    """5xx answers in a row; 0 = off. Default 5."""
+    """5xx answers in a row, failed connections and timeouts among them; 0 = off. Default 5."""
     consecutive_gateway_errors: Count = 0
     """502, 503 and 504 answers in a row; 0 = off. Default 0."""
+    count_429: Annotated[bool, Field(alias="count429", strict=True)] = True
+    """429 answers count in consecutive5xxErrors: who is over its quota is left out, too. Default true. Not a
+    field of Istio."""
     interval: PositiveDuration = timedelta(seconds=10)
-    """Time between checks. Default 10s."""
+    """Time between checks of who may come back. Default 10s."""
     base_ejection_time: PositiveDuration = timedelta(seconds=30)
-    """Shortest time that an address is left out. Default 30s."""
+    """Shortest time that an address is left out; the n-th time in a row it is n times as long, up to 300s or
+    to this time where it is longer. Default 30s."""
     max_ejection_percent: Annotated[Count, Field(le=100)] = 100
     """Greatest share of the addresses that is left out. Default 100, unlike Istio's 10: a provider mostly has
     one address, and is left out as a whole so that the next one answers."""
+
+
+class ConnectionPoolTCP(Model):
+    """Limits of connections; names of Istio's DestinationRule."""
+
+    max_connections: Limit | None = None
+    """How many connections each proxy opens (default: no limit). A request takes one while it is answered;
+    what is more waits for a free one, as many as http1MaxPendingRequests lets."""
+    connect_timeout: PositiveDuration | None = None
+    """How long connecting may take, the TLS handshake included (default: the mesh's connectTimeout, 10s)."""
+
+
+class ConnectionPoolHTTP(Model):
+    """Limits of requests; names of Istio's DestinationRule."""
+
+    http1_max_pending_requests: Annotated[Limit | None, Field(alias="http1MaxPendingRequests")] = None
+    """How many requests of each proxy may wait for a connection, also while theirs is made (default: no
+    limit). What is more is answered 503 at once."""
+    http2_max_requests: Annotated[Limit | None, Field(alias="http2MaxRequests")] = None
+    """How many requests of each proxy may be under way, of HTTP/1.1 too, as in Istio (default: no limit).
+    What is more is answered 503 at once."""
+    max_retries: Limit | None = None
+    """How many retries of each proxy may be under way (default: no limit). Beyond, the failure is the
+    client's answer."""
+    idle_timeout: PositiveDuration = timedelta(seconds=50)
+    """How long a connection without a request is kept. Default 50s: below what providers keep theirs."""
+
+
+class ConnectionPool(Model):
+    """Limits that keep one provider from using up what is there."""
+
+    tcp: ConnectionPoolTCP = ConnectionPoolTCP()
+    """Of connections."""
+    http: ConnectionPoolHTTP = ConnectionPoolHTTP()
+    """Of requests."""
+
+
+class TrafficPolicy(Model):
+    """What bounds the traffic to a provider; names of Istio's DestinationRule.
+
+    Each proxy counts alone, and a rule with an entry in routeSpecificConfigs counts apart.
+    """
+
+    connection_pool: ConnectionPool = ConnectionPool()
+    """Limits of connections and requests."""
+    outlier_detection: OutlierDetection | None = None
+    """When an address of the provider is left out for a while (default: never)."""
 
 
 def _default_port(validated: dict[str, Any]) -> int:
@@ -314,8 +369,11 @@ class LLMProviderSpec(Model):
     """Namespaces whose LLMRoutes may refer to the provider (default: all)."""
     operations: tuple[Operation, ...] = ()
     """Further operations that the provider serves."""
-    outlier_detection: OutlierDetection | None = None
-    """When an address of the provider is left out for a while (default: never)."""
+    traffic_policy: TrafficPolicy = TrafficPolicy()
+    """What bounds the traffic to the provider."""
+    max_request_bytes: Annotated[int, Field(ge=1, le=2**32 - 1, strict=True)] = MAX_REQUEST_BYTES
+    """Size of the largest request body as the client sends it, in bytes; a larger one is answered 413.
+    Default 33554432 (32 MiB). A proxy holds each body in memory until its answer begins."""
     configs: ProviderConfigs = ProviderConfigs()
     """What is added to requests."""
 
@@ -384,7 +442,7 @@ class LLMProvider(BaseObject):
         )
 
     def warnings(self) -> list[Finding]:
-        """Tell of a key that others can read on its way, and of placeholders that nothing expands."""
+        """Tell of a key that others can read, of placeholders that nothing expands, of what has no effect."""
         findings = []
         configs = self.spec.configs
         places = {("defaultConfig",): configs.default_config} | {
@@ -397,6 +455,10 @@ class LLMProvider(BaseObject):
             if self.spec.tls.insecure_skip_verify:
                 text = "the key is sent to whoever answers for the host"
                 findings.append(Finding(("spec", "tls", "insecureSkipVerify"), text))
+        outliers = self.spec.traffic_policy.outlier_detection
+        if outliers and not (outliers.consecutive_5xx_errors or outliers.consecutive_gateway_errors):
+            text = "has no effect: consecutive5xxErrors and consecutiveGatewayErrors are 0"
+            findings.append(Finding(("spec", "trafficPolicy", "outlierDetection"), text))
         for place, config in places.items():
             if _PLACEHOLDER.search(config.open_ai_config.model or ""):
                 text = "is sent as it stands: only apiKey may hold a placeholder"

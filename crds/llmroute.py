@@ -184,9 +184,10 @@ class Retries(Model):
     attempts: Count
     """How often at most; 0 = never."""
     per_try_timeout: PositiveDuration | None = None
-    """Time for one attempt (default: the rule's timeout)."""
+    """Time until an attempt's answer begins, as firstTokenTimeout (default: the rule's timeout)."""
     retry_on: Annotated[str, AfterValidator(_retry_on)] | None = None
-    """When: Envoy's retry policies and status codes, by commas (default: the request was not sent)."""
+    """When: Envoy's retry policies and status codes, by commas (default: the connection failed or broke, 429,
+    500, 502, 503, 504)."""
 
     @property
     def status_codes(self) -> tuple[int, ...]:
@@ -218,7 +219,10 @@ class LLMRule(Model):
                 "the weights are all 0: nothing gets requests": (
                     "size(self.backendRefs) < 2"
                     " || self.backendRefs.exists(r, !has(r.weight) || r.weight > 0 || has(r.priority))"
-                )
+                ),
+                "firstTokenTimeout sets the same limit as retries.perTryTimeout: set one of them": (
+                    "!has(self.firstTokenTimeout) || !has(self.retries) || !has(self.retries.perTryTimeout)"
+                ),
             }
         )
     )
@@ -231,6 +235,13 @@ class LLMRule(Model):
     """Where they go."""
     timeout: Duration | None = None
     """Time for the whole request with its retries; 0s = no limit."""
+    first_token_timeout: PositiveDuration | None = None
+    """Time until a provider's answer begins with its headers (default: no limit). After it the next one of
+    the rule's priorities or retries is asked, or the client gets 504. An answer that is not streamed begins
+    when the model is done."""
+    stream_idle_timeout: PositiveDuration | None = None
+    """How long a provider may be silent, before its answer and between two pieces of it. Before the answer
+    the next one is asked as with firstTokenTimeout; afterwards the answer is broken off. Default 1h."""
     retries: Retries | None = None
     """When and how often a request is sent again."""
 
@@ -274,6 +285,9 @@ class LLMRule(Model):
                 raise invalid(
                     Finding(("backendRefs",), f"the weights add up to more than {MAX_TOTAL_WEIGHT}")
                 )
+        if self.first_token_timeout and self.retries and self.retries.per_try_timeout:
+            text = "sets the same limit as retries.perTryTimeout: set one of them"
+            raise invalid(Finding(("firstTokenTimeout",), text))
         return self
 
     def warnings(self) -> list[Finding]:
@@ -291,9 +305,18 @@ class LLMRule(Model):
                 if weight and ref.weight == 0:
                     text = "is the only destination, and gets all requests in spite of weight 0"
                     findings.append(Finding(("backendRefs", index, "weight"), text))
-        if self.timeout and self.retries and (self.retries.per_try_timeout or self.timeout) > self.timeout:
-            text = "is longer than the rule's timeout and has no effect"
-            findings.append(Finding(("retries", "perTryTimeout"), text))
+        limits = {
+            ("retries", "perTryTimeout"): self.retries and self.retries.per_try_timeout,
+            ("firstTokenTimeout",): self.first_token_timeout,
+            ("streamIdleTimeout",): self.stream_idle_timeout,
+        }
+        for place, limit in limits.items():
+            if self.timeout and limit and limit > self.timeout:
+                findings.append(Finding(place, "is longer than the rule's timeout and has no effect"))
+        idle, first = self.stream_idle_timeout, self.first_token_timeout
+        if idle and first and first > idle:
+            text = "is longer than streamIdleTimeout and has no effect"
+            findings.append(Finding(("firstTokenTimeout",), text))
         return findings
 
 

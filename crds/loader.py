@@ -131,11 +131,20 @@ def load_object(document: Mapping[str, Any]) -> tuple[BaseObject | None, tuple[P
         return None, problems([Finding((), str(error))], Severity.ERROR)
     if model is None:
         return None, ()
-    try:
-        result = model.model_validate(document)
-    except ValidationError as error:
-        return None, problems(validation.findings(model, error), Severity.ERROR)
+    result, findings = _checked(model, document)
+    if result is None:
+        return None, problems(findings, Severity.ERROR)
     return result, problems(result.warnings(), Severity.WARNING)
+
+
+def _checked(
+    model: type[BaseObject], content: Mapping[str, Any]
+) -> tuple[BaseObject | None, tuple[Finding, ...]]:
+    """Make an object, or say what is wrong: one way for files, an API server's objects, and its webhook."""
+    try:
+        return model.model_validate(content), ()
+    except ValidationError as error:
+        return None, tuple(validation.findings(model, error))
 
 
 def combine(parts: Iterable[Loaded]) -> Loaded:
@@ -234,12 +243,9 @@ class _Reader:
             return
         if model is None:
             return
-        content, findings = placeholders.expand(node.plain(), self._variables)
-        result: BaseObject | None = None
-        try:
-            result = model.model_validate(content)
-        except ValidationError as error:
-            findings += validation.findings(model, error)
+        content, unset = placeholders.expand(node.plain(), self._variables)
+        result, invalid = _checked(model, content)
+        findings = [*unset, *invalid]
         errors = [(flaw.line, Finding(flaw.path, flaw.message)) for flaw in flaws]
         errors += [(node.line_of(finding.path), finding) for finding in findings]
         for line, finding in sorted(errors, key=lambda error: error[0]):

@@ -21,6 +21,7 @@ from crds.authorizationpolicy import AuthorizationPolicy
 from crds.gateway import Gateway
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
+from crds.llmtokenratelimit import LLMTokenRateLimit
 from crds.meta import GROUP, VERSIONS, BaseObject
 from crds.requestauthentication import RequestAuthentication
 from crds.telemetry import Telemetry
@@ -180,6 +181,7 @@ _OWN: Mapping[type[BaseObject], tuple[str, dict[str, str]]] = {
     LLMProvider: ("llmp", {"Host": ".spec.host", "Path": ".spec.path"}),
     LLMRoute: ("llmr", {"Host": ".spec.host", "Gateways": ".spec.gateways"}),
     APIKeyAuthentication: ("apikeyauth", {"Secrets": ".spec.credentialRefs[*].name"}),
+    LLMTokenRateLimit: ("llmtrl", {"Mode": ".spec.mode", "Shadow": ".spec.shadow"}),
 }
 """Short names and columns."""
 _ISTIO: Mapping[type[BaseObject], tuple[str, dict[str, str]]] = {

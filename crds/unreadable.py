@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from crds.problems import ObjectKey
 from crds.selection import LabelSelector
 
-SECURITY_KINDS = frozenset({"AuthorizationPolicy", "RequestAuthentication", "APIKeyAuthentication"})
+SECURITY_KINDS = frozenset(
+    {"AuthorizationPolicy", "RequestAuthentication", "APIKeyAuthentication", "LLMTokenRateLimit"}
+)
 """Kinds whose objects keep requests out."""
 
 _CLOSE = 0.85  # PeerAuthentication, a kind of Istio that is not one of these, is at 0.77
@@ -33,10 +35,11 @@ class UnreadablePolicy:
     def scope(self) -> str:
         """Say for people what is denied."""
         where = f"namespace {self.key.namespace}" if self.key.namespace else "every namespace"
+        proxies = "proxies" if self.key.kind == "LLMTokenRateLimit" else "gateways"
         if not self.labels:
-            return f"all gateways of {where}"
+            return f"all {proxies} of {where}"
         labels = ", ".join(f"{name}={value}" for name, value in sorted(self.labels.items()))
-        return f"the gateways of {where} with {labels}"
+        return f"the {proxies} of {where} with {labels}"
 
 
 def meant_kind(api_version: str, kind: str) -> str:

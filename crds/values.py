@@ -346,6 +346,9 @@ Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 Count = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 """A whole number, not negative (Kubernetes' int32)."""
 
+Limit = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+"""A number of things that may be there at once; there is no limit of 0."""
+
 RequestPath = Annotated[
     str, AfterValidator(_path), WithJsonSchema({"type": "string", "pattern": r'^/[!"$-~]*$'})
 ]

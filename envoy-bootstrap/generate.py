@@ -3,6 +3,8 @@
 
 They are what `llmplane proxy` starts Envoy with, but for two things that a container settles otherwise: the
 node id is fixed, so that the files are, and the Lua script is a file that is mounted.
+
+Those in pod/ are for the image of injected proxies (deploy/image): what all of them have in common.
 """
 
 import json
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 from llmplane.bootstrap import ProxySettings, bootstrap
+from llmplane.injection import image_files
 from translator import lua
 from translator.proxy import ProxyType
 
@@ -51,6 +54,9 @@ def generate(folder: Path) -> None:
     """Write all bootstraps into a folder."""
     for name, proxy in PROXIES.items():
         (folder / name).write_text(json.dumps(bootstrap(proxy), indent=2) + "\n", encoding="utf-8")
+    (folder / "pod").mkdir(exist_ok=True)
+    for name, text in image_files().items():
+        (folder / "pod" / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Addresses as they are written on the command line."""
+"""Addresses as they are written on the command line, and why one cannot be listened on."""
 
+import os
+import socket
 from ipaddress import ip_address
 from typing import NamedTuple, Self
 
@@ -34,3 +36,23 @@ class Address(NamedTuple):
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+class AddressInUseError(RuntimeError):
+    """An address cannot be listened on; the text names the option and says why."""
+
+    @classmethod
+    def of(cls, option: str, address: Address, error: Exception) -> Self:
+        """Say why in the system's words."""
+        why = str(error)
+        if isinstance(error, OSError) and error.errno:  # asyncio puts words around the system's own
+            why = str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+        return cls(f"{option} {address}: {why}")
+
+
+def check_free(address: Address) -> None:
+    """Raise OSError if an address cannot be listened on; gRPC's own error says nothing."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(tuple(address))

@@ -15,10 +15,10 @@ from aiohttp import web
 
 from llmplane import metrics
 from llmplane.address import Address
-from llmplane.auth import FileAuthenticator, ServerCertificate
+from llmplane.auth import Identity, ServerCertificate
 from llmplane.dump import to_yaml
 from xds.resources import Resource
-from xds.server import Node, NodeRejected, Peer, Unauthenticated
+from xds.server import AuthenticationUnavailable, Authenticator, Node, NodeRejected, Peer, Unauthenticated
 
 _Handler = Callable[[web.Request], Awaitable[web.Response]]
 _NOBODY = Node(id="", cluster="", metadata={}, version="")
@@ -51,7 +51,7 @@ class Access:
     """Who may see what is below /debug, by the credentials of the xDS port."""
 
     certificate: ServerCertificate
-    authenticator: FileAuthenticator
+    authenticator: Authenticator
     root_namespace: str
 
     async def check(self, request: web.Request) -> None:
@@ -71,9 +71,12 @@ class Access:
             identity = await self.authenticator.authenticate(peer, headers, _NOBODY)
         except Unauthenticated as error:
             raise web.HTTPUnauthorized(text=f"{error}\n", headers={"WWW-Authenticate": "Bearer"}) from None
+        except AuthenticationUnavailable as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
         except NodeRejected as error:
             raise web.HTTPForbidden(text=f"{error}\n") from None
-        if not identity.oversees(self.root_namespace):
+        self.authenticator.left(identity)
+        if not (isinstance(identity, Identity) and identity.oversees(self.root_namespace)):
             text = f"these credentials are not for every namespace, nor for {self.root_namespace}\n"
             raise web.HTTPForbidden(text=text)
 

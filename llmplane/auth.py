@@ -3,8 +3,8 @@
 A stream is authenticated when it begins: `FileAuthenticator` makes an `Identity` of what the peer proves,
 and the identity then admits what the peer claims in its node message, or does not (as Istio does in its
 `pilot/pkg/xds/auth.go`). When the files change, that is done again, for a CA too: a connection was verified
-when it began, and its certificate need not be of a CA of today. Another way to prove something, such as
-Kubernetes' TokenReview, is another `xds.server.Authenticator` that returns an `Identity`.
+when it began, and its certificate need not be of a CA of today. Another way to prove something is another
+`xds.server.Authenticator` that returns an `Identity`, such as llmplane.serviceaccounts.
 
 All files are read again when the next peer comes and every second, so a change needs no restart. One that
 cannot be read then changes nothing: the last good content stays in use, and the log says so. No text here
@@ -284,13 +284,11 @@ class TokenFile:
 
     def grant(self, authorization: str | bytes) -> Grant | None:
         """Return what the `authorization` header of a request grants, None if nothing."""
-        text = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
-        scheme, _, token = text.partition(" ")
-        digest, found = _digest(token.strip()), None
+        digest, found = _digest(bearer_token(authorization)), None
         for known, grant in self._grants().items():  # to the end, so that the time tells nothing
             if hmac.compare_digest(known, digest):
                 found = grant
-        return found if scheme.lower() == "bearer" else None
+        return found
 
     def _parse(self, contents: tuple[bytes, ...]) -> dict[bytes, Grant]:
         try:
@@ -326,19 +324,13 @@ class FileAuthenticator:
         """Return how often the files changed."""
         return tuple(of.revision() for of in (self._tokens, self._client_ca) if of)
 
-    async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], _: Node) -> Identity:
+    async def authenticate(
+        self, peer: Peer, metadata: Mapping[str, str | bytes], _: Node, _known: object = None
+    ) -> Identity:
         """Return who the peer proves to be. Raises Unauthenticated."""
         proofs: list[tuple[Grant, ...]] = []
         if self._client_ca:
-            if peer.chain and not self._client_ca.issued(peer.chain):
-                raise Unauthenticated("the client certificate is of a CA that is not trusted any more")
-            grants = certificate_grants(peer)
-            if not grants:
-                raise Unauthenticated(
-                    "the client certificate has no name of a proxy: the URI spiffe://DOMAIN/ns/NAMESPACE/sa/"
-                    "NAME, or one of the DNS names WORKLOAD.NAMESPACE and NAME.NAMESPACE.svc"
-                )
-            proofs.append(grants)
+            proofs.append(certificate_proof(peer, self._client_ca))
         if self._tokens:
             authorization = metadata.get("authorization")
             if authorization is None:
@@ -348,6 +340,29 @@ class FileAuthenticator:
                 raise Unauthenticated("the bearer token is not known")
             proofs.append((grant,))
         return Identity(tuple(proofs))
+
+    def left(self, _: object) -> None:
+        """Do nothing: no identity needs looking after."""
+
+
+def certificate_proof(peer: Peer, client_ca: ClientCA) -> tuple[Grant, ...]:
+    """Return which proxies a peer's certificate allows it to be. Raises Unauthenticated."""
+    if peer.chain and not client_ca.issued(peer.chain):
+        raise Unauthenticated("the client certificate is of a CA that is not trusted any more")
+    grants = certificate_grants(peer)
+    if not grants:
+        raise Unauthenticated(
+            "the client certificate has no name of a proxy: the URI spiffe://DOMAIN/ns/NAMESPACE/sa/"
+            "NAME, or one of the DNS names WORKLOAD.NAMESPACE and NAME.NAMESPACE.svc"
+        )
+    return grants
+
+
+def bearer_token(authorization: str | bytes) -> str:
+    """Return the token of an `authorization` header, empty if it has none."""
+    text = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
+    scheme, _, token = text.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def certificate_grants(peer: Peer) -> tuple[Grant, ...]:

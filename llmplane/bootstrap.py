@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from translator.metrics import SCOPE
+from translator.metrics import MILLISECONDS, SCOPE
 from translator.proxy import ProxyType, WorkloadCertificate
 
 STATS_PORT = 15090
@@ -22,6 +22,10 @@ HEALTH_PORT = 15021
 
 _RENAME = files("llmplane").joinpath("prometheus_door.lua").read_text(encoding="utf-8")
 
+_SHOWN_STATISTICS = "/stats/prometheus?filter=%5B%5E~%5D%24&client="
+"""All statistics whose names do not end in `~`: those are what rate_limits.lua counts in. The client's query
+is the value of a parameter that nobody reads."""
+
 _MAX_REGEX_PROGRAM = 32768
 """Istio's; Envoy's own limit of 100 refuses names of service accounts in an AuthorizationPolicy."""
 
@@ -30,15 +34,13 @@ _TIME_TO_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2.5, 5,
 _TIME_PER_OUTPUT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _BYTES = tuple(float(4**power) for power in range(3, 13))
 _TOKENS = tuple(float(4**power) for power in range(14))
-_BUCKETS: Mapping[str, Sequence[float]] = {
-    "llmplane_request_duration_seconds": _LATENCY,
+_BUCKETS: dict[str, Sequence[float]] = {
     "llmplane_time_to_first_token_seconds": _TIME_TO_FIRST_TOKEN,
     "llmplane_time_per_output_token_seconds": _TIME_PER_OUTPUT_TOKEN,
     "llmplane_request_bytes": _BYTES,
     "llmplane_response_bytes": _BYTES,
     # Those of OpenTelemetry's semantic conventions.
     "gen_ai_client_token_usage": _TOKENS,
-    "gen_ai_client_operation_duration_seconds": tuple(round(0.01 * 2**power, 2) for power in range(14)),
     "gen_ai_server_time_to_first_token_seconds": (
         *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
     ),
@@ -47,6 +49,11 @@ _BUCKETS: Mapping[str, Sequence[float]] = {
     ),
 }
 """Upper bounds of histograms, seconds, bytes or tokens. Istio's histograms have Envoy's own, as in Istio."""
+_IN_MILLISECONDS: dict[str, Sequence[float]] = {
+    f"llmplane_request_duration_seconds{MILLISECONDS}": tuple(1000 * bound for bound in _LATENCY),
+    f"gen_ai_client_operation_duration_seconds{MILLISECONDS}": tuple(10.0 * 2**power for power in range(14)),
+}
+"""The same, of those that are counted in milliseconds."""
 
 _CA = "xds-ca"
 _CERTIFICATE = "xds-client"
@@ -91,6 +98,14 @@ class ProxySettings:
     scripts: Mapping[str, Path] = field(default_factory=dict)
     """Lua scripts that lie on this Envoy's machine: sha256 of the text -> file."""
     credentials: XdsCredentials = XdsCredentials()
+    xds_ca: str = ""
+    """The CAs of the control plane's certificate (PEM), where they are in no file."""
+    capture: bool = False
+    """Whether iptables hands it what the applications beside it send (deploy/image/capture.sh)."""
+    capture_dns: bool = False
+    """Whether that includes their DNS queries."""
+    instance_ips: Sequence[str] = ()
+    """The machine's addresses, of which capture needs to know whether one is IPv6."""
     certificate: WorkloadCertificate | None = None
     """Files of the workload's certificate, for mutual TLS in the mesh; only their paths go to the control
     plane."""
@@ -108,6 +123,22 @@ class ProxySettings:
 
 def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
     """Make the bootstrap of ``proxy`` as a JSON-ready dictionary (envoy.config.bootstrap.v3.Bootstrap)."""
+    own, common = own_part(proxy), common_part(proxy)
+    resources, doors = own["static_resources"], common["static_resources"]
+    metadata = {**own["node"]["metadata"], **common["node"]["metadata"]}
+    return {
+        "node": {**own["node"], "metadata": metadata},
+        **{name: value for name, value in common.items() if name not in {"node", "static_resources"}},
+        "static_resources": {
+            **resources,
+            "clusters": [*resources["clusters"], *doors["clusters"]],
+            "listeners": doors["listeners"],
+        },
+    }
+
+
+def own_part(proxy: ProxySettings) -> dict[str, Any]:
+    """Return what only this proxy has: who it is, and where its control plane is."""
     own_secrets = [] if proxy.sds_directory else secrets(proxy)
     return {
         "node": {
@@ -118,10 +149,24 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
                 "WORKLOAD_NAME": proxy.workload,
                 "LABELS": dict(proxy.labels),
                 "BIND_ADDRESS": proxy.bind_address,
-                "LUA_SCRIPTS": {digest: str(path) for digest, path in proxy.scripts.items()},
+                **_capture(proxy),
                 **_certificate(proxy),
             },
         },
+        "static_resources": {
+            "clusters": [_xds_cluster(proxy)],
+            **({"secrets": own_secrets} if own_secrets else {}),
+        },
+    }
+
+
+def common_part(proxy: ProxySettings) -> dict[str, Any]:
+    """Return what all proxies on such a machine have: scripts, limits, and their own doors.
+
+    Envoy merges it with the other part, where that is its option ``--config-yaml``.
+    """
+    return {
+        "node": {"metadata": {"LUA_SCRIPTS": {digest: str(path) for digest, path in proxy.scripts.items()}}},
         "admin": {"address": _admin_address(proxy)},
         "layered_runtime": {
             "layers": [
@@ -130,10 +175,11 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
             ]
         },
         "stats_config": {
+            "stats_tags": _stats_tags(),
             "histogram_bucket_settings": [
                 {"match": {"prefix": f"{SCOPE}.{name}"}, "buckets": buckets}
-                for name, buckets in _BUCKETS.items()
-            ]
+                for name, buckets in (_BUCKETS | _IN_MILLISECONDS).items()
+            ],
         },
         "dynamic_resources": {
             "ads_config": {
@@ -147,15 +193,35 @@ def bootstrap(proxy: ProxySettings) -> dict[str, Any]:
             "lds_config": {"resource_api_version": "V3", "ads": {}},
         },
         "static_resources": {
-            "clusters": [_xds_cluster(proxy), _admin_cluster(proxy)],
-            **({"secrets": own_secrets} if own_secrets else {}),
+            "clusters": [_admin_cluster(proxy)],
             "listeners": [
-                _door(
-                    proxy, "stats", STATS_PORT, ("/stats/prometheus", "/stats/prometheus"), [_lua(_RENAME)]
-                ),
+                _door(proxy, "stats", STATS_PORT, ("/stats/prometheus", _SHOWN_STATISTICS), [_lua(_RENAME)]),
                 _door(proxy, "health", HEALTH_PORT, ("/healthz/ready", "/ready")),
             ],
         },
+    }
+
+
+def _stats_tags() -> list[dict[str, str]]:
+    """Make labels of what rate_limits.lua writes into the names of its metrics: `;policy=...;key=...;`.
+
+    The last one takes away what Envoy puts in front of names from Lua.
+    """
+    labels = [
+        {"tag_name": name, "regex": f"(;{name}=([^;]*))"}
+        for name in ("policy", "rule", "key", "type", "unit")
+    ]
+    return [*labels, {"tag_name": "lua", "regex": f"^(.*\\.lua\\.()){SCOPE}\\."}]
+
+
+def _capture(proxy: ProxySettings) -> dict[str, str]:
+    """Return what Istio's proxies say of captured traffic."""
+    if not proxy.capture:
+        return {}
+    return {
+        "INTERCEPTION_MODE": "REDIRECT",
+        "DNS_CAPTURE": str(proxy.capture_dns).lower(),
+        "INSTANCE_IPS": ",".join(proxy.instance_ips),
     }
 
 
@@ -241,7 +307,7 @@ def _xds_cluster(proxy: ProxySettings) -> dict[str, Any]:
     }
     if proxy.credentials.token_file:
         options["http_filters"] = _bearer_token(proxy)
-    tls = {"transport_socket": _tls(proxy)} if proxy.credentials.ca_file else {}
+    tls = {"transport_socket": _tls(proxy)} if proxy.credentials.ca_file or proxy.xds_ca else {}
     return _cluster(
         "xds-grpc",
         _socket(proxy.xds_host, proxy.xds_port),
@@ -256,15 +322,15 @@ def _tls(proxy: ProxySettings) -> dict[str, Any]:
     """Make the transport socket that verifies the control plane's CA and name."""
     host = proxy.xds_host
     kind = "IP_ADDRESS" if _is_ip(host) else "DNS"
-    common: dict[str, Any] = {
-        "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
-        "combined_validation_context": {
-            "default_validation_context": {
-                "match_typed_subject_alt_names": [{"san_type": kind, "matcher": {"exact": host}}]
-            },
+    names = {"match_typed_subject_alt_names": [{"san_type": kind, "matcher": {"exact": host}}]}
+    common: dict[str, Any] = {"tls_params": {"tls_minimum_protocol_version": "TLSv1_2"}}
+    if proxy.xds_ca:
+        common["validation_context"] = {"trusted_ca": {"inline_string": proxy.xds_ca}, **names}
+    else:
+        common["combined_validation_context"] = {
+            "default_validation_context": names,
             "validation_context_sds_secret_config": _secret(proxy, _CA),
-        },
-    }
+        }
     if proxy.credentials.client_cert_file:
         common["tls_certificate_sds_secret_configs"] = [_secret(proxy, _CERTIFICATE)]
     name = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"

@@ -1,4 +1,4 @@
-"""A certificate authority made on the spot, for the fake LLM of the demo and for tests.
+"""A certificate authority made on the spot: for a cluster, for the fake LLM of the demo, and for tests.
 
 Its certificates carry everything that strict verifiers ask for (RFC 5280): BoringSSL in Envoy, and Python's
 `ssl` with `VERIFY_X509_STRICT`, which is the default from Python 3.13.
@@ -40,13 +40,13 @@ class CertificateAuthority:
     _key: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @classmethod
-    def create(cls) -> Self:
-        """Make a new authority, valid for 30 days."""
+    def create(cls, common_name: str = "llmplane demo CA", lifetime: timedelta | None = None) -> Self:
+        """Make a new authority, valid for 30 days if nothing else is said."""
         key = ec.generate_private_key(ec.SECP256R1())
-        name = _name("llmplane demo CA")
+        name = _name(common_name)
         public_key = key.public_key()
         certificate = (
-            _builder(name, public_key, issuer=name, not_after=datetime.now(UTC) + _CA_LIFETIME)
+            _builder(name, public_key, issuer=name, not_after=datetime.now(UTC) + (lifetime or _CA_LIFETIME))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(ca=True), critical=True)
             .sign(key, hashes.SHA256())
@@ -61,23 +61,39 @@ class CertificateAuthority:
         read or written.
         """
         try:
-            certificate = x509.load_pem_x509_certificate((directory / _CA_FILE).read_bytes())
-            key = load_pem_private_key((directory / _CA_KEY_FILE).read_bytes(), password=None)
+            found = cls.load((directory / _CA_FILE).read_bytes(), (directory / _CA_KEY_FILE).read_bytes())
         except FileNotFoundError:
             pass
         except ValueError as error:
-            raise ValueError(f"{directory}: {_CA_FILE} or {_CA_KEY_FILE} is not PEM; remove both") from error
+            raise ValueError(f"{directory}: {_CA_FILE}, {_CA_KEY_FILE}: {error}; remove both") from error
         else:
-            if (
-                not isinstance(key, ec.EllipticCurvePrivateKey)
-                or certificate.public_key() != key.public_key()
-            ):
-                raise ValueError(f"{directory}: {_CA_KEY_FILE} is not the key of {_CA_FILE}; remove both")
-            if certificate.not_valid_after_utc > datetime.now(UTC) + _LEAF_LIFETIME:
-                return cls(certificate, key)
+            if found.ends > datetime.now(UTC) + _LEAF_LIFETIME:
+                return found
         authority = cls.create()
         authority.write(directory)
         return authority
+
+    @classmethod
+    def load(cls, certificate_pem: bytes, key_pem: bytes) -> Self:
+        """Read an authority that this class has written. Raises ValueError."""
+        try:
+            certificate = x509.load_pem_x509_certificate(certificate_pem)
+            key = load_pem_private_key(key_pem, password=None)
+        except ValueError as error:
+            raise ValueError("certificate or key is not PEM") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
+            raise ValueError("the key is not that of the certificate")
+        return cls(certificate, key)
+
+    @property
+    def ends(self) -> datetime:
+        """When the authority's certificate expires."""
+        return self.certificate.not_valid_after_utc
+
+    @property
+    def key_pem(self) -> bytes:
+        """The key in PEM, for those who shall issue certificates."""
+        return _key_pem(self._key)
 
     @property
     def pem(self) -> bytes:

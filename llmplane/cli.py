@@ -9,18 +9,18 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import click
-import grpc
 import structlog
+import yaml
 
 from crds.placeholders import variables
 from crds.problems import Severity
 from crds.values import KubernetesName, Namespace
-from llmplane import __version__, fakellm, offline
+from llmplane import __version__, fakellm, offline, ratelimit
 from llmplane.acknowledged import AcknowledgedFile
-from llmplane.address import Address
+from llmplane.address import Address, AddressInUseError
 from llmplane.admin import Access
 from llmplane.auth import (
     ClientCA,
@@ -31,7 +31,8 @@ from llmplane.auth import (
     check_files,
 )
 from llmplane.bootstrap import STATS_PORT, ProxySettings, XdsCredentials, bootstrap
-from llmplane.controlplane import AddressInUseError, ControlPlane
+from llmplane.controlplane import ControlPlane
+from llmplane.counters import MemoryCounters, RedisCounters
 from llmplane.demo import run_demo
 from llmplane.envoy import EnvoyNotFoundError, find_envoy, lay_down, runtime_directory
 from llmplane.mesh import MeshConfigFile, mesh_settings
@@ -43,6 +44,7 @@ from llmplane.status import StatusUnavailableError, fetch_status, format_status
 from llmplane.top import watch
 from translator.proxy import Proxy, ProxyType, WorkloadCertificate
 from translator.world import MeshSettings
+from xds.server import Authenticator
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Pairs = tuple[tuple[str, str], ...]
@@ -152,6 +154,13 @@ _CREDENTIALS = _options(
         help="Show `llmplane serve` the token that this file holds. Needs --xds-ca-file, or loopback.",
     ),
 )
+_PROXY_IMAGE = click.option(
+    "--proxy-image",
+    default=f"llmplane-proxy:{__version__}",
+    show_default=True,
+    metavar="IMAGE",
+    help="The image of injected proxies (deploy/image).",
+)
 _PROXY = _options(
     click.argument("kind", metavar="(sidecar|gateway)", type=click.Choice(list(_PROXY_TYPES))),
     click.option(
@@ -195,6 +204,18 @@ _PROXY = _options(
         "0.0.0.0 for a Prometheus elsewhere.",
     ),
     click.option(
+        "--capture",
+        is_flag=True,
+        help="Take what iptables redirects to port 15001 (a sidecar's deploy/image/capture.sh): applications "
+        "need no proxy setting then.",
+    ),
+    click.option(
+        "--capture-dns",
+        is_flag=True,
+        help="Take DNS queries too, on port 15053 (DNS_CAPTURE=true of capture.sh), for names that have no "
+        "address. With --capture.",
+    ),
+    click.option(
         "--admin-port",
         type=click.IntRange(1, 65535),
         help="Open Envoy's admin interface on this port of 127.0.0.1. Without it, it is a Unix socket that "
@@ -217,7 +238,8 @@ _PROXY = _options(
     "--kubernetes",
     is_flag=True,
     help="Serve the objects of a cluster instead: of the one that this pod runs in, or that kubectl uses. "
-    "The mesh configuration is then the ConfigMap istio of istio-system.",
+    "The mesh configuration is then the ConfigMap istio of istio-system, and Envoys show the token of their "
+    "Pod's ServiceAccount (audience llmplane).",
 )
 @click.option("--context", metavar="NAME", help="The context of kubectl's configuration, for --kubernetes.")
 @click.option(
@@ -255,13 +277,21 @@ _PROXY = _options(
     type=_EXISTING_FILE,
     metavar="FILE",
     help="Only Envoys with a token of this file are served. It holds one token for all, or lines "
-    "NAMESPACE[/WORKLOAD] [LABEL=VALUE ...] TOKEN. Needs TLS, or loopback.",
+    "NAMESPACE[/WORKLOAD] [LABEL=VALUE ...] TOKEN. Needs TLS, or loopback. With --kubernetes they are served "
+    "besides those with the token of their Pod's ServiceAccount.",
 )
+@click.option(
+    "--webhook-address",
+    type=AddressType(),
+    help="With --kubernetes: where the API server asks whether objects are valid, and what to put into pods. "
+    "The certificate of this and of --xds-address is then one of llmplane's own CA (Secret llmplane-ca).",
+)
+@_PROXY_IMAGE
 @click.option(
     "--insecure",
     is_flag=True,
-    help="Allow addresses that other machines reach without authentication: whoever connects to "
-    "--xds-address gets the API keys.",
+    help="Allow addresses that other machines reach without authentication, and with --kubernetes ask for no "
+    "token: whoever connects to --xds-address gets the API keys.",
 )
 @click.option(
     "--validate-resources/--no-validate-resources",
@@ -283,6 +313,8 @@ def serve_command(
     xds_key_file: Path | None,
     xds_client_ca_file: Path | None,
     xds_token_file: Path | None,
+    webhook_address: Address | None,
+    proxy_image: str,
     insecure: bool,
     validate_resources: bool,
     mesh_config: Path | None,
@@ -296,17 +328,22 @@ def serve_command(
     use, also over a restart (without keys, it is kept below $XDG_STATE_HOME or ~/.local/state), and the log
     and `llmplane status` say so.
     """
-    _check_source(paths, kubernetes=kubernetes, context=context, for_files=mesh_config or settings)
+    for_cluster = {"--context": context, "--webhook-address": webhook_address}
+    _check_source(paths, kubernetes=kubernetes, for_cluster=for_cluster, for_files=mesh_config or settings)
+    by_account = kubernetes and not insecure
     _check_access(
         xds_address,
         xds_cert_file=xds_cert_file,
         xds_key_file=xds_key_file,
         xds_client_ca_file=xds_client_ca_file,
         xds_token_file=xds_token_file,
+        webhook_address=webhook_address,
+        by_account=by_account,
         insecure=insecure,
     )
     guarded = not (admin_address.is_loopback or insecure)
-    if guarded and not (xds_cert_file and (xds_client_ca_file or xds_token_file)):
+    has_certificate = xds_cert_file or webhook_address
+    if guarded and not (has_certificate and (xds_client_ca_file or xds_token_file or by_account)):
         raise click.UsageError(
             f"--admin-address {admin_address}: other machines reach it, and it tells objects and proxies; "
             "give --xds-cert-file with --xds-client-ca-file or --xds-token-file, or --insecure if only "
@@ -320,26 +357,35 @@ def serve_command(
         certificate = None
         if xds_cert_file and xds_key_file:
             certificate = ServerCertificate(xds_cert_file, xds_key_file, xds_client_ca_file)
-        authenticator = None
-        if xds_client_ca_file or xds_token_file:
-            tokens = TokenFile(xds_token_file) if xds_token_file else None
-            client_ca = ClientCA(xds_client_ca_file) if xds_client_ca_file else None
-            authenticator = FileAuthenticator(tokens, client_ca)
-        credentials = certificate.credentials() if certificate else None
-        access = None
-        if guarded and certificate and authenticator:
-            access = Access(certificate, authenticator, mesh.config.root_namespace)
-        make = partial(ControlPlane, validate_resources=validate_resources, authenticator=authenticator)
-        where = (xds_address, admin_address, credentials, access)
+        tokens = TokenFile(xds_token_file) if xds_token_file else None
+        client_ca = ClientCA(xds_client_ca_file) if xds_client_ca_file else None
+        files = FileAuthenticator(tokens, client_ca) if tokens or client_ca else None
+        where = _Where(xds_address, admin_address, certificate, mesh.config.root_namespace if guarded else "")
+        make = partial(ControlPlane, validate_resources=validate_resources)
         if kubernetes:
-            asyncio.run(_serve_cluster(context, mesh, make, *where))
+            accounts = (tokens, client_ca) if by_account else None
+            asyncio.run(
+                _serve_cluster(
+                    context,
+                    mesh,
+                    make,
+                    files=files,
+                    accounts=accounts,
+                    where=where,
+                    webhook=webhook_address,
+                    proxy_image=proxy_image,
+                    client_ca_file=xds_client_ca_file,
+                )
+            )
             return
         source = FileSource(
             paths, variables(os.environ, dict(settings)), LastGood(state_file("last-good", paths))
         )
         acknowledged = AcknowledgedFile(state_file("acknowledged", paths))
-        control_plane = make(source, mesh, acknowledged=acknowledged, mesh_file=mesh_file)
-        asyncio.run(_serve(control_plane, *where))
+        control_plane = make(
+            source, mesh, authenticator=files, acknowledged=acknowledged, mesh_file=mesh_file
+        )
+        asyncio.run(_serve(control_plane, files, where))
     except (
         AddressInUseError,
         CredentialsError,
@@ -350,12 +396,13 @@ def serve_command(
 
 
 def _check_source(
-    paths: tuple[Path, ...], *, kubernetes: bool, context: str | None, for_files: object
+    paths: tuple[Path, ...], *, kubernetes: bool, for_cluster: Mapping[str, object], for_files: object
 ) -> None:
     if kubernetes == bool(paths):
         raise click.UsageError("give --config PATH, for objects in files, or --kubernetes")
-    if context and not kubernetes:
-        raise click.UsageError("--context needs --kubernetes")
+    for option, value in for_cluster.items():
+        if value and not kubernetes:
+            raise click.UsageError(f"{option} needs --kubernetes")
     if kubernetes and for_files:
         raise click.UsageError(
             "--mesh-config and --set are for files: with --kubernetes, the mesh configuration is a "
@@ -370,15 +417,22 @@ def _check_access(
     xds_key_file: Path | None,
     xds_client_ca_file: Path | None,
     xds_token_file: Path | None,
+    webhook_address: Address | None,
+    by_account: bool,
     insecure: bool,
 ) -> None:
     if (xds_cert_file is None) != (xds_key_file is None):
         raise click.UsageError("--xds-cert-file and --xds-key-file belong together")
-    if xds_client_ca_file and not xds_cert_file:
+    if webhook_address and xds_cert_file:
+        raise click.UsageError("--webhook-address has a certificate made: give no --xds-cert-file")
+    has_certificate = xds_cert_file or webhook_address
+    if xds_client_ca_file and not has_certificate:
         raise click.UsageError("--xds-client-ca-file needs --xds-cert-file: it is for mutual TLS")
-    if xds_token_file and not xds_cert_file and not xds_address.is_loopback:
+    if xds_token_file and not has_certificate and not xds_address.is_loopback:
         raise click.UsageError("--xds-token-file needs --xds-cert-file: tokens travel in clear without TLS")
-    if not (xds_address.is_loopback or xds_client_ca_file or xds_token_file or insecure):
+    if by_account and not has_certificate and not xds_address.is_loopback:
+        raise click.UsageError("--kubernetes needs --xds-cert-file: tokens travel in clear without TLS")
+    if not (xds_address.is_loopback or xds_client_ca_file or xds_token_file or by_account or insecure):
         raise click.UsageError(
             f"--xds-address {xds_address}: other machines reach it, and xDS carries API keys without "
             "authentication; give --xds-client-ca-file or --xds-token-file, or --insecure if only trusted "
@@ -399,33 +453,59 @@ def _log_to_stderr() -> None:
     )
 
 
+class _Where(NamedTuple):
+    """Where is listened, and with what."""
+
+    xds: Address
+    admin: Address
+    certificate: ServerCertificate | None
+    root_namespace: str
+    """Whose credentials see all at the admin address; empty if everybody's do."""
+
+
 async def _serve_cluster(
     context: str | None,
     mesh: MeshSettings,
     make: Callable[..., ControlPlane],
-    *where: Any,
+    *,
+    files: FileAuthenticator | None,
+    accounts: tuple[TokenFile | None, ClientCA | None] | None,
+    where: _Where,
+    webhook: Address | None,
+    proxy_image: str,
+    client_ca_file: Path | None,
 ) -> None:
     # Kubernetes' client takes half a second to import.
+    from llmplane.admission import Admission  # noqa: PLC0415
     from llmplane.cluster import NoClusterError, connected  # noqa: PLC0415
+    from llmplane.serviceaccounts import AccountAuthenticator  # noqa: PLC0415
 
+    admission = Admission(webhook, proxy_image, where.xds.port) if webhook else None
     try:
-        async with connected(context, mesh, make) as control_plane:
-            await _serve(control_plane, *where)
+        async with connected(
+            context,
+            mesh,
+            make,
+            lambda api: AccountAuthenticator(api, *accounts) if accounts else files,
+            admission,
+        ) as (control_plane, authenticator, ca):
+            if ca is not None:
+                certificate = ServerCertificate(ca.certificate, ca.key, client_ca_file)
+                where = where._replace(certificate=certificate)
+            await _serve(control_plane, authenticator, where)
     except NoClusterError as error:
         raise click.ClickException(str(error)) from None
 
 
-async def _serve(
-    control_plane: ControlPlane,
-    xds_address: Address,
-    admin_address: Address,
-    credentials: grpc.ServerCredentials | None,
-    access: Access | None,
-) -> None:
+async def _serve(control_plane: ControlPlane, authenticator: Authenticator | None, where: _Where) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await control_plane.run(xds_address, admin_address, stop, credentials, access)
+    access = None
+    if where.certificate and authenticator and where.root_namespace:
+        access = Access(where.certificate, authenticator, where.root_namespace)
+    credentials = where.certificate.credentials() if where.certificate else None
+    await control_plane.run(where.xds, where.admin, stop, credentials, access)
 
 
 @main.command("proxy", short_help="Run an Envoy that `llmplane serve` configures.")
@@ -463,6 +543,46 @@ def bootstrap_command(kind: str, **settings: Any) -> None:
     """
     socket = Path("/tmp/llmplane-admin.sock")  # noqa: S108 - on the machine where Envoy will run
     click.echo(json.dumps(bootstrap(_proxy_settings(kind, socket, settings)), indent=2))
+
+
+@main.command("inject", short_help="Put sidecars into the pods of Kubernetes files.")
+@click.option(
+    "-f",
+    "--filename",
+    type=click.File(encoding="utf-8"),
+    required=True,
+    metavar="FILE",
+    help="YAML with Deployments, StatefulSets, Jobs, Pods ...; `-` is standard input.",
+)
+@click.option(
+    "--xds-address",
+    type=AddressType(),
+    default="llmplane.llmplane-system.svc:18000",
+    show_default=True,
+    help="Where the control plane is, as seen from the pods.",
+)
+@click.option(
+    "--xds-ca-file",
+    type=_EXISTING_FILE,
+    required=True,
+    metavar="FILE",
+    help="The CAs that its certificate is of (PEM). Those of a cluster: kubectl get "
+    "mutatingwebhookconfiguration llmplane -o jsonpath='{.webhooks[0].clientConfig.caBundle}' | base64 -d",
+)
+@_PROXY_IMAGE
+def inject_command(filename: TextIO, xds_address: Address, xds_ca_file: Path, proxy_image: str) -> None:
+    """Print FILE with a sidecar in each of its pods, as the webhook would make it.
+
+    What is no pod, has a sidecar already, or says `sidecar.istio.io/inject: "false"` stays as it is.
+    """
+    # It imports Kubernetes' client, which takes half a second.
+    from llmplane.injection import InjectionError, InjectionSettings, inject_documents  # noqa: PLC0415
+
+    try:
+        settings = InjectionSettings(proxy_image, xds_address, xds_ca_file.read_text(encoding="utf-8"))
+        click.echo(inject_documents(filename.read(), settings), nl=False)
+    except (InjectionError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{filename.name}: {error}") from None
 
 
 @main.command("translate", short_help="Print the Envoy configuration that files mean.")
@@ -559,6 +679,125 @@ def status_command(admin_address: Address, *, as_json: bool, **files: Path | Non
     click.echo(json.dumps(status, indent=2) if as_json else format_status(status))
 
 
+@main.command("ratelimit", short_help="Count for limits that several Envoys share.")
+@click.option(
+    "--address",
+    type=AddressType(),
+    default="127.0.0.1:18081",
+    show_default=True,
+    help="Where Envoys ask (gRPC); envoyRateLimit in the mesh configuration's extensionProviders names it.",
+)
+@click.option(
+    "--admin-address",
+    type=AddressType(),
+    default="127.0.0.1:18082",
+    show_default=True,
+    help="Where /healthz, /readyz and /metrics answer.",
+)
+@click.option(
+    "--redis-url",
+    envvar="LLMPLANE_REDIS_URL",
+    show_envvar=True,
+    metavar="URL",
+    help="Keep the counters in this Redis (redis://HOST:PORT, rediss:// with TLS, unix:///PATH), which "
+    "several of these servers may share; a password in it is better given by the variable. Without it they "
+    "are in memory, and gone when this process ends. Needs the package redis: pip install "
+    "'llmplane[ratelimit]'.",
+)
+@click.option(
+    "--cert-file",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Serve TLS, with this certificate chain (PEM). This file and those below are read again when they "
+    "change.",
+)
+@click.option("--key-file", type=_EXISTING_FILE, metavar="FILE", help="Key of --cert-file (PEM).")
+@click.option(
+    "--client-ca-file",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Mutual TLS: only Envoys with a certificate of this CA (PEM) may ask; it names a workload, as with "
+    "`llmplane serve --xds-client-ca-file`.",
+)
+@click.option(
+    "--token-file",
+    type=_EXISTING_FILE,
+    metavar="FILE",
+    help="Only those with a token of this file may ask. It has the form of `llmplane serve "
+    "--xds-token-file`. Needs TLS, or loopback.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Allow an --address that other machines reach without authentication: whoever connects can use up "
+    "limits and give them back.",
+)
+def ratelimit_command(
+    *,
+    address: Address,
+    admin_address: Address,
+    redis_url: str | None,
+    cert_file: Path | None,
+    key_file: Path | None,
+    client_ca_file: Path | None,
+    token_file: Path | None,
+    insecure: bool,
+) -> None:
+    """Count tokens for policies of mode Global: a rate limit service that Envoys ask.
+
+    It has no configuration: each request brings its limit. Where counters cannot be used, the policy's
+    failOpen decides; when Redis works again, so does this.
+    """
+    if (cert_file is None) != (key_file is None):
+        raise click.UsageError("--cert-file and --key-file belong together")
+    if client_ca_file and not cert_file:
+        raise click.UsageError("--client-ca-file needs --cert-file: it is for mutual TLS")
+    if token_file and not cert_file and not address.is_loopback:
+        raise click.UsageError("--token-file needs --cert-file: tokens travel in clear without TLS")
+    if not (address.is_loopback or client_ca_file or token_file or insecure):
+        raise click.UsageError(
+            f"--address {address}: other machines reach it; give --client-ca-file or --token-file, or "
+            "--insecure if only trusted ones can"
+        )
+    _log_to_stderr()
+    try:
+        certificate = None
+        if cert_file and key_file:
+            certificate = ServerCertificate(cert_file, key_file, client_ca_file)
+        authenticator = None
+        if client_ca_file or token_file:
+            tokens = TokenFile(token_file) if token_file else None
+            client_ca = ClientCA(client_ca_file) if client_ca_file else None
+            authenticator = FileAuthenticator(tokens, client_ca)
+        asyncio.run(_ratelimit(redis_url, address, admin_address, certificate, authenticator))
+    except (AddressInUseError, CredentialsError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+async def _ratelimit(
+    redis_url: str | None,
+    address: Address,
+    admin_address: Address,
+    certificate: ServerCertificate | None,
+    authenticator: Authenticator | None,
+) -> None:
+    try:
+        counters = RedisCounters(redis_url) if redis_url else MemoryCounters()
+    except ImportError:
+        text = "--redis-url needs the package redis: pip install 'llmplane[ratelimit]'"
+        raise click.ClickException(text) from None
+    except ValueError:  # its text has the URL, which may hold a password
+        text = "--redis-url cannot be used: it is redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH"
+        raise click.ClickException(text) from None
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    credentials = certificate.credentials() if certificate else None
+    await ratelimit.run(
+        counters, address, admin_address, stop, credentials=credentials, authenticator=authenticator
+    )
+
+
 @main.command("top", short_help="Show the LLM traffic of Envoys, live.")
 @click.argument("addresses", metavar="[HOST:PORT]...", nargs=-1, type=AddressType())
 @click.option(
@@ -610,6 +849,10 @@ main.add_command(fakellm.command, "fake-llm")
 def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> ProxySettings:
     xds: Address = settings["xds_address"]
     credentials = _credentials(xds, settings)
+    if settings["capture"] and _PROXY_TYPES[kind] is not ProxyType.SIDECAR:
+        raise click.UsageError("--capture is for a sidecar: a gateway takes what is sent to it")
+    if settings["capture_dns"] and not settings["capture"]:
+        raise click.UsageError("--capture-dns needs --capture")
     return ProxySettings(
         type=_PROXY_TYPES[kind],
         xds_host=xds.host,
@@ -619,6 +862,8 @@ def _proxy_settings(kind: str, socket: Path, settings: Mapping[str, Any]) -> Pro
         labels=dict(settings["labels"]),
         bind_address=settings["bind_address"],
         status_address=settings["status_address"],
+        capture=settings["capture"],
+        capture_dns=settings["capture_dns"],
         admin_socket=socket,
         admin_port=settings["admin_port"] or 0,
         credentials=credentials,

@@ -2,17 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from llmplane.acknowledged import AcknowledgedFile
+from llmplane.admission import Admission, admitting
+from llmplane.auth import FileAuthenticator
 from llmplane.controlplane import ControlPlane
 from llmplane.kubeapi import Api, NoClusterError
 from llmplane.kubestatus import StatusWriter
 from llmplane.leader import Leader
+from llmplane.meshca import MeshCA
+from llmplane.serviceaccounts import AccountAuthenticator
 from llmplane.sources.kubernetes import KubernetesSource
 from llmplane.sources.lastgood import LastGood, state_file
 from translator.world import MeshSettings
+from xds.server import Authenticator
 
 __all__ = ["NoClusterError", "connected"]
 
@@ -23,25 +28,41 @@ _LEASE = "llmplane"
 
 @asynccontextmanager
 async def connected(
-    context: str | None, mesh: MeshSettings, make: Callable[..., ControlPlane]
-) -> AsyncIterator[ControlPlane]:
+    context: str | None,
+    mesh: MeshSettings,
+    make: Callable[..., ControlPlane],
+    authenticator_of: Callable[[Api], AccountAuthenticator | FileAuthenticator | None],
+    admission: Admission | None,
+) -> AsyncIterator[tuple[ControlPlane, Authenticator | None, MeshCA | None]]:
     """Make a control plane of a cluster's objects, and write their status while it runs.
 
-    `make` is ControlPlane with what does not come from the cluster. Raises NoClusterError.
+    `make` is ControlPlane with what does not come from the cluster; the authenticator is yielded beside it,
+    and with `admission` where its own certificate is. Raises NoClusterError and AddressInUseError.
     """
     api = await Api.connect(context)
+    authenticator = authenticator_of(api)
     try:
         source = KubernetesSource(api, mesh, LastGood(state_file("last-good", [_STATE])))
         acknowledged = AcknowledgedFile(state_file("acknowledged", [_STATE]))
-        control_plane = make(source, mesh, acknowledged=acknowledged, mesh_file=source.mesh)
+        control_plane = make(
+            source, mesh, authenticator=authenticator, acknowledged=acknowledged, mesh_file=source.mesh
+        )
         leader = Leader(api, api.namespace, _LEASE)
-        writer = StatusWriter(api, leader, source.entries, control_plane.objects)
+        writer = StatusWriter(
+            api, leader, source.entries, control_plane.objects, lambda: bool(control_plane.server.groups())
+        )
         task = asyncio.create_task(writer.run())
         try:
-            yield control_plane
+            async with AsyncExitStack() as stack:
+                ca = None
+                if admission:
+                    ca = await stack.enter_async_context(admitting(api, leader, admission))
+                yield control_plane, authenticator, ca
         finally:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
     finally:
+        if isinstance(authenticator, AccountAuthenticator):
+            await authenticator.close()
         await api.close()

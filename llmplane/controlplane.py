@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import os
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +19,7 @@ from crds.loader import LoadedObject
 from crds.meta import BaseObject
 from crds.problems import ObjectKey, Problem, Severity
 from llmplane.acknowledged import AcknowledgedFile
-from llmplane.address import Address
+from llmplane.address import Address, AddressInUseError, check_free
 from llmplane.admin import Access, AdminServer
 from llmplane.auth import Identity
 from llmplane.checking import ResourceChecker
@@ -88,10 +86,6 @@ class MeshSource(Protocol):
         """Yield the settings after each change of them, or of what is wrong, until ``stop`` is set."""
 
 
-class AddressInUseError(RuntimeError):
-    """An address cannot be listened on; the text names the option and says why."""
-
-
 class ControlPlane:
     """Keeps the snapshots of all connected proxies true to the source (an xds.server.SnapshotSource)."""
 
@@ -155,12 +149,12 @@ class ControlPlane:
             try:
                 admin_address = await admin.start(admin_address)
             except OSError as error:
-                raise AddressInUseError(_cannot_listen("--admin-address", admin_address, error)) from None
+                raise AddressInUseError.of("--admin-address", admin_address, error) from None
             try:
-                _bind(xds_address)  # gRPC's own error says nothing
+                check_free(xds_address)
                 port = await self.server.start(str(xds_address), credentials)
             except (OSError, RuntimeError) as error:
-                raise AddressInUseError(_cannot_listen("--xds-address", xds_address, error)) from None
+                raise AddressInUseError.of("--xds-address", xds_address, error) from None
             stack.push_async_callback(self.server.stop)
             if self._mesh_file is not None:
                 watch = asyncio.create_task(self._watch_mesh(self._mesh_file, stop))
@@ -429,6 +423,7 @@ class ControlPlane:
                     "kind": item.kind,
                     "namespace": item.namespace,
                     "name": item.name,
+                    "uid": item.object.metadata.uid,
                     "generation": item.object.metadata.generation,
                     "host": _host(item.object),
                     "source": f"{item.file}:{item.line}" if item.file else "",
@@ -444,21 +439,6 @@ def _host(item: BaseObject) -> str:
     if isinstance(item, Gateway):
         return ", ".join(dict.fromkeys(host for server in item.spec.servers for host in server.hosts))
     return item.spec.host if isinstance(item, LLMProvider | LLMRoute) else ""
-
-
-def _bind(address: Address) -> None:
-    """Raise OSError if an address cannot be listened on."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(tuple(address))
-
-
-def _cannot_listen(option: str, address: Address, error: Exception) -> str:
-    why = str(error)
-    if isinstance(error, OSError) and error.errno:  # asyncio puts words around the system's own
-        why = str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno)
-    return f"{option} {address}: {why}"
 
 
 def _states(conditions: Iterable[Mapping[str, Any]]) -> list[str]:

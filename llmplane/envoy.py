@@ -1,8 +1,10 @@
 """Finding an Envoy, and laying down what it starts with."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import stat
 import sys
 import sysconfig
@@ -72,7 +74,12 @@ def lay_down(proxy: ProxySettings, directory: Path) -> Path:
     script = directory / f"llm_provider-{lua.SCRIPT_SHA256[:16]}.lua"
     script.write_text(lua.SCRIPT, encoding="utf-8")
     file = directory / "bootstrap.json"
-    settings = replace(proxy, scripts={lua.SCRIPT_SHA256: script}, sds_directory=directory)
+    settings = replace(
+        proxy,
+        scripts={lua.SCRIPT_SHA256: script},
+        sds_directory=directory,
+        instance_ips=["::1"] if proxy.capture and _has_ipv6() else [],
+    )
     for secret in secrets(settings):
         resource = {"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", **secret}
         secret_file(settings, secret["name"]).write_text(
@@ -80,3 +87,11 @@ def lay_down(proxy: ProxySettings, directory: Path) -> Path:
         )
     file.write_text(json.dumps(bootstrap(settings), indent=2), encoding="utf-8")
     return file
+
+
+def _has_ipv6() -> bool:
+    """Whether this machine has IPv6, be it to itself only."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False

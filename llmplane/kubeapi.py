@@ -4,6 +4,7 @@ Of the `kubernetes` package only configuration, authentication and transport are
 times what JSON costs, and its watches know neither a list nor a store (llmplane.sources.reflector).
 """
 
+import copy
 import json
 import os
 from collections.abc import AsyncGenerator, Mapping
@@ -54,6 +55,8 @@ class Api:
     def __init__(self, client: Any, namespace: str, context: str | None) -> None:
         self._client = client
         self._context = context
+        self._forms = ("", "")
+        """In which form objects and lists are asked for, if not whole."""
         self.namespace = namespace
         """The pod's namespace, or that of kubectl's context."""
 
@@ -69,6 +72,12 @@ class Api:
     async def close(self) -> None:
         """Close all connections."""
         await self._client.close()
+
+    def of_metadata(self) -> Self:
+        """Return this API server with the metadata of objects only, whatever they are."""
+        narrow = copy.copy(self)
+        narrow._forms = ("PartialObjectMetadata", "PartialObjectMetadataList")  # noqa: SLF001 - one's own
+        return narrow
 
     async def get(self, path: str, **query: str | int) -> dict[str, Any]:
         """Return an object or a list. Raises ApiError."""
@@ -119,7 +128,9 @@ class Api:
         body: Any,
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the client's own
     ) -> aiohttp.ClientResponse:
-        headers = {"Accept": "application/json", "User-Agent": "llmplane"}
+        form = self._forms["watch" not in query]
+        accept = f"application/json;as={form};g=meta.k8s.io;v=v1" if form else "application/json"
+        headers = {"Accept": accept, "User-Agent": "llmplane"}
         if body is not None:
             headers["Content-Type"] = APPLY if method == "PATCH" else "application/json"
         try:

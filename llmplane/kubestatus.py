@@ -1,7 +1,8 @@
 """The status of the cluster's objects: what became of each, as conditions.
 
 `Accepted`: the object is valid, and counts. `ResolvedRefs`: what it refers to is there. `Programmed`: the
-Envoys that it is for have acknowledged it. One replica writes, only what is different, and not too fast.
+Envoys that it is for have acknowledged it, those of all replicas. One replica writes, only what is different,
+and not too fast; the others tell it of their proxies.
 """
 
 import asyncio
@@ -13,9 +14,12 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from crds import kinds
 from crds.problems import ObjectKey, Severity
+from llmplane.events import Events, calls
 from llmplane.kubeapi import Api, ApiError
 from llmplane.leader import RENEW, Leader
+from llmplane.replicas import Replicas, key_of, total
 from llmplane.sources.kubernetes import Entry, path_of
 
 _LOG = structlog.get_logger(__name__)
@@ -32,6 +36,11 @@ _WRITE_AGAIN = 60.0
 """Seconds after which the same status is written again, if somebody else has changed it."""
 _MOST = 32_768
 """Characters that a message may have (metav1.Condition)."""
+_CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+_SCHEMA_HOLDS = 60.0
+"""Seconds after which it is asked again whose schema a kind has."""
+_NOT_TOLD = frozenset({403, 404})
+"""There is no such kind, or it may not be known whose it is."""
 _GONE = frozenset({404, 409})
 """The object is not there any more, or another one has its name."""
 
@@ -82,6 +91,9 @@ def _programmed(view: Mapping[str, Any], objection: Mapping[str, Any] | None) ->
     acknowledged, _, reached = view["programmed"].partition("/")
     if objection is not None:
         return "False", objection["reason"], f"{acknowledged}/{reached} proxies; {objection['message']}"
+    if unread := view.get("unread"):
+        text = f"{acknowledged}/{reached} proxies; not read yet by {unread} of the replicas"
+        return "False", "Pending", text
     if reached == "0":
         return "Unknown", "NoProxies", "no proxy that it is for is connected"
     if acknowledged != reached:
@@ -122,7 +134,10 @@ _Due = tuple[Entry, tuple[Figure, ...], dict[str, Any]]
 
 
 class StatusWriter:
-    """Writes what `views` says of the objects that `entries` has, as long as the leader."""
+    """Writes what `views` says of the objects that `entries` has, as long as the leader.
+
+    `has_proxies` says whether any is connected to this replica.
+    """
 
     def __init__(
         self,
@@ -130,17 +145,22 @@ class StatusWriter:
         leader: Leader,
         entries: Callable[[], Iterable[Entry]],
         views: Callable[[], Iterable[Mapping[str, Any]]],
+        has_proxies: Callable[[], bool],
     ) -> None:
         self._api = api
         self._leader = leader
+        self._replicas = Replicas(api, api.namespace)
+        self._events = Events(api)
         self._entries = entries
+        self._schemas = _Schemas(api)
         self._views = views
+        self._has_proxies = has_proxies
         self._written: dict[str, tuple[tuple[Figure, ...], float]] = {}
         """What was written last of each object, by its uid, and when."""
 
     async def run(self) -> None:
         """Write until cancelled, then let another replica do it."""
-        tasks = (asyncio.create_task(self._lead()), asyncio.create_task(self._write()))
+        tasks = [asyncio.create_task(each) for each in (self._lead(), self._write(), self._replicas.run())]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -149,37 +169,62 @@ class StatusWriter:
                 with suppress(asyncio.CancelledError):
                     await task
             await self._leader.release()
+            with suppress(ApiError):
+                await self._replicas.retire()
 
     async def _lead(self) -> None:
         while True:
             try:
                 await self._leader.step()
+                await self._replicas.renew()
+            except ApiError as error:
+                _LOG.warning("the counts of proxies cannot be renewed", problem=str(error))
             except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
                 _LOG.exception("the Lease could not be looked after")
             await asyncio.sleep(RENEW)
 
     async def _write(self) -> None:
         while True:
-            look = 0.0
-            if self._leader.is_leading:
-                try:
-                    began = time.monotonic()
-                    due = list(self._due())
-                    look = time.monotonic() - began
-                    await self._write_all(due)
-                except ApiError as error:
-                    _LOG.warning("a status cannot be written", problem=str(error))
-                    await asyncio.sleep(max(RENEW, error.retry_after))
-                except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
-                    _LOG.exception("a status could not be written")
-            await asyncio.sleep(max(_LOOK, _SHARE * look))
+            pause = 0.0
+            try:
+                pause = await self._look()
+            except ApiError as error:
+                _LOG.warning("a status cannot be written", problem=str(error))
+                pause = max(RENEW, error.retry_after)
+            except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
+                _LOG.exception("a status could not be written")
+            await asyncio.sleep(max(_LOOK, pause))
 
-    def _due(self) -> Iterator[_Due]:
+    async def _look(self) -> float:
+        """Write what is to be written; return for how many seconds to rest. Raises ApiError."""
+        began = time.monotonic()
+        if not self._leader.is_leading:
+            if not self._has_proxies():
+                await self._replicas.retire()
+                return 0.0
+            views = list(self._views())
+            look = time.monotonic() - began
+            await self._replicas.tell(views)
+            return _SHARE * look
+        await self._replicas.retire()
+        others = self._replicas.others()
+        totals = {key_of(view): total(view, others) for view in self._views()}
+        ours = await self._schemas.ours()
+        entries = [entry for entry in self._entries() if entry.key.kind in ours]
+        due = list(self._due(entries, totals))
+        look = time.monotonic() - began
+        await self._write_all(due)
+        await self._events.tell(
+            (entry, call) for entry in entries for call in calls(entry, totals.get(entry.key))
+        )
+        await self._replicas.bury()
+        return _SHARE * look
+
+    def _due(self, entries: Iterable[Entry], views: Mapping[ObjectKey, Mapping[str, Any]]) -> Iterator[_Due]:
         """Yield what is to be written."""
-        views = {ObjectKey(view["kind"], view["namespace"], view["name"]): view for view in self._views()}
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         there = set()
-        for entry in self._entries():
+        for entry in entries:
             there.add(entry.uid)
             found = figures(entry, views.get(entry.key))
             if not found:
@@ -205,6 +250,37 @@ class StatusWriter:
                     raise
             self._written[entry.uid] = (found, time.monotonic())
             await asyncio.sleep(_PER_WRITE)
+
+
+class _Schemas:
+    """Which kinds have the schema that we made, and so a status that is ours to write.
+
+    Istio's kinds do where they were installed from crds/istio/, which their CRD says by a label. Where Istio
+    itself is installed, their status is Istio's, and so is what it says of them: nothing is written there.
+    """
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._ours: frozenset[str] = frozenset()
+        self._until = 0.0
+
+    async def ours(self) -> frozenset[str]:
+        """Return the kinds; what the API server says of that holds for a minute. Raises ApiError."""
+        if time.monotonic() < self._until:
+            return self._ours
+        found = {kind.__name__ for kind in kinds.OWN}
+        for group, of in kinds.ISTIO.items():
+            for kind in of:
+                try:
+                    crd = await self._api.get(f"{_CRDS}/{kinds.plural(kind.__name__)}.{group}")
+                except ApiError as error:
+                    if error.status not in _NOT_TOLD:
+                        raise
+                    continue
+                if (crd["metadata"].get("labels") or {}).get("app.kubernetes.io/part-of") == MANAGER:
+                    found.add(kind.__name__)
+        self._ours, self._until = frozenset(found), time.monotonic() + _SCHEMA_HOLDS
+        return self._ours
 
 
 def _place(problem: Any) -> str:

@@ -40,7 +40,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
     ``directory`` gets the configuration (``config/``), the processes' logs and their state. ``source`` is
     what says where the objects are (default: ``--config`` with that folder). ``serve_options``
     and ``environment`` are added to the control plane's, ``proxy_options`` to the sidecar's; ``bind_address``
-    is where the sidecar opens its listeners (default: the first free address of 127.0.0.0/24).
+    is where the sidecar opens its listeners (default: the first free address of 127.0.0.0/24),
+    ``concurrency`` how many threads an Envoy works with.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         proxy_options: Sequence[str] = (),
         envoy_options: Sequence[str] = (),
         bind_address: str | None = None,
+        concurrency: int = 1,
     ) -> None:
         self.directory = directory
         self.config = directory / "config"
@@ -83,6 +85,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         ]
         for name, value in (labels or {"app": "sleep"}).items():
             self._identity += ["--label", f"{name}={value}"]
+        self._concurrency = str(concurrency)
         self._proxy_options = proxy_options
         self._envoy_options = envoy_options
 
@@ -110,14 +113,14 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         """Start ``llmplane serve`` and wait until it is ready."""
         options = [*self._source, "--xds-address", str(self.xds)]
         options += ["--admin-address", str(self.admin), *self._serve_options]
-        self.control_plane = self._run("control-plane", ["serve", *options])
+        self.control_plane = self.run("control-plane", ["serve", *options])
         self._wait("the control plane answers", self._answers)
 
     def start_proxy(self) -> None:
         """Start ``llmplane proxy sidecar`` and wait until it is configured."""
         options = ["--xds-address", str(self.xds), *self._identity, *self._proxy_options]
-        envoy = ["--", "--concurrency", "1", "-l", "warning", *self._envoy_options]
-        self.proxy = self._run("sidecar", ["proxy", "sidecar", *options, *envoy])
+        envoy = ["--", "--concurrency", self._concurrency, "-l", "warning", *self._envoy_options]
+        self.proxy = self.run("sidecar", ["proxy", "sidecar", *options, *envoy])
         self._wait("the sidecar listens", lambda: _listens(self.bind_address, HTTP_PROXY_PORT))
         self.settle()
 
@@ -140,8 +143,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
         arguments += ["--bind-address", address, *options]
         for name, value in (labels or {"istio": "ingressgateway"}).items():
             arguments += ["--label", f"{name}={value}"]
-        envoy = ["--", "--concurrency", "1", "-l", "warning"]
-        process = self._run(workload, ["proxy", "gateway", *arguments, *envoy])
+        envoy = ["--", "--concurrency", self._concurrency, "-l", "warning"]
+        process = self.run(workload, ["proxy", "gateway", *arguments, *envoy])
         gateway = LocalGateway(workload, address, process)
         self.gateways.append(gateway)
         self._wait(f"{workload} listens", lambda: _listens(address, HEALTH_PORT))
@@ -202,7 +205,8 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
             return bool(self.status()["revision"])
         return False
 
-    def _run(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    def run(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start `llmplane` with arguments; its output goes to the log of that name. The caller ends it."""
         with (self.directory / f"{name}.log").open("ab") as log:
             return subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-m", "llmplane", *arguments],

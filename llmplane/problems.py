@@ -27,7 +27,9 @@ def problems(state: SourceState, conditions: Mapping[ObjectKey, tuple[Condition,
 
 
 def _line(item: LoadedObject, path: Path) -> int:
-    """Return the line of a field; of an item of a `kind: List`, its first one."""
+    """Return the line of a field; of an item of a `kind: List`, its first one; 0 without a file."""
+    if not item.file:
+        return 0
     for chunk in document.split(item.text):
         root = document.compose(chunk).root
         if root is not None:

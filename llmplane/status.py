@@ -1,5 +1,6 @@
 """``llmplane status``: the running control plane's objects and proxies, as tables."""
 
+import http.client
 import json
 import ssl
 import urllib.error
@@ -51,6 +52,10 @@ def fetch_status(address: Address, credentials: XdsCredentials | None = None) ->
         with error:
             text = error.read(1000).decode(errors="replace").strip()
         raise StatusUnavailableError(f"{address} refuses to tell ({error.code}): {text}") from None
+    except http.client.HTTPException:
+        raise StatusUnavailableError(
+            f"what answers at {address} does not speak HTTP: is it the --admin-address of `llmplane serve`?"
+        ) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", error)
         raise StatusUnavailableError(

@@ -40,6 +40,9 @@ ROOTS = (
     "envoy.service.discovery.v3.DiscoveryResponse",
     "envoy.service.discovery.v3.Resource",
     "google.rpc.Status",
+    # The protocol of rate limit services.
+    "envoy.service.ratelimit.v3.RateLimitRequest",
+    "envoy.service.ratelimit.v3.RateLimitResponse",
     # What it carries.
     "envoy.config.bootstrap.v3.Bootstrap",
     "envoy.config.cluster.v3.Cluster",
@@ -65,7 +68,9 @@ ROOTS = (
     "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
     "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
     "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+    "envoy.extensions.filters.udp.dns_filter.v3.DnsFilterConfig",
     "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+    "envoy.extensions.http.header_formatters.preserve_case.v3.PreserveCaseFormatterConfig",
     "envoy.extensions.http.original_ip_detection.xff.v3.XffConfig",
     # HTTP filters, with their forms for a route.
     "envoy.extensions.filters.http.api_key_auth.v3.*",

@@ -20,7 +20,17 @@ from tabulate import tabulate
 from translator.features import Feature, read_version
 
 RELEASES = ("1.36.4", "1.37.0", "1.38.3", "1.39.3", "1.40.0")
-TESTS = ("versions", "request_path", "fallback", "llmroute", "live_change", "nack", "seeds", "tokens")
+TESTS = (
+    "versions",
+    "request_path",
+    "fallback",
+    "llmroute",
+    "live_change",
+    "nack",
+    "seeds",
+    "tokens",
+    "rate_limits",
+)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmplane" / "envoy"
 
 

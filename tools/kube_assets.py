@@ -3,7 +3,7 @@
 They are built once, from Go modules, into $XDG_CACHE_HOME/llmplane/kube/VERSION (~/.cache): some ten minutes,
 2 GB of memory, and 3 GB of Go's caches. Whoever has them already names their folder, as for envtest:
 KUBEBUILDER_ASSETS=/usr/local/kubebuilder/bin (`setup-envtest use 1.36.x -p path` downloads them). kubectl is
-taken from PATH.
+built too where PATH has none.
 """
 
 import json
@@ -37,23 +37,30 @@ def _kubectl() -> str | None:
     return shutil.which("kubectl", path=f"{folder()}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
-def build() -> None:
-    """Build what is missing. Raises CalledProcessError."""
+def go_program() -> str | None:
+    """Return where Go is."""
+    return shutil.which("go", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/go/bin")
+
+
+def build(go: str) -> None:
+    """Build what is missing, with Go. Raises CalledProcessError."""
     target = folder()
     target.mkdir(parents=True, exist_ok=True)
-    if not (target / "etcd").exists():
-        _build(target / "etcd", "go.etcd.io/etcd/server/v3", f"v{ETCD}", "go.etcd.io/etcd/server/v3")
-    if not (target / "kube-apiserver").exists():
-        module, version = "k8s.io/kubernetes", f"v{KUBERNETES}"
-        major, minor, _ = KUBERNETES.split(".")
-        package = "k8s.io/component-base/version"
-        flags = (
-            f"-X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}"
-        )
-        _build(target / "kube-apiserver", module, version, f"{module}/cmd/kube-apiserver", flags)
+    lacking = missing()
+    if "etcd" in lacking:
+        _build(go, target / "etcd", "go.etcd.io/etcd/server/v3", f"v{ETCD}", "go.etcd.io/etcd/server/v3")
+    major, minor, _ = KUBERNETES.split(".")
+    at = "k8s.io/component-base/version"
+    flags = f"-X {at}.gitVersion=v{KUBERNETES} -X {at}.gitMajor={major} -X {at}.gitMinor={minor}"
+    for name in ("kube-apiserver", "kubectl"):
+        if name in lacking:
+            package = f"k8s.io/kubernetes/cmd/{name}"
+            _build(go, target / name, "k8s.io/kubernetes", f"v{KUBERNETES}", package, flags)
 
 
-def _build(target: Path, module: str, version: str, package: str, flags: str = "") -> None:
+def _build(  # noqa: PLR0917 - as `go build` has them
+    program: str, target: Path, module: str, version: str, package: str, flags: str = ""
+) -> None:
     """Build one program in a module of its own."""
     print(f"building {target.name} {version} ...", flush=True)
     work = target.parent / f"build-{target.name}"
@@ -62,7 +69,7 @@ def _build(target: Path, module: str, version: str, package: str, flags: str = "
     environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod -trimpath"}
 
     def go(*arguments: str) -> str:
-        command = [shutil.which("go") or "/usr/local/go/bin/go", *arguments]
+        command = [program, *arguments]
         return subprocess.run(  # noqa: S603 - Go
             command, cwd=work, env=environment, check=True, stdout=subprocess.PIPE, text=True
         ).stdout
@@ -92,11 +99,14 @@ def _build(target: Path, module: str, version: str, package: str, flags: str = "
 
 def main() -> None:
     """Build what is missing."""
-    if "kubectl" in missing():
-        sys.exit(
-            "kubectl is missing: https://kubernetes.io/docs/tasks/tools/ (apt install kubernetes-client)"
-        )
-    build()
+    if lacking := missing():
+        go = go_program()
+        if go is None:
+            sys.exit(
+                f"{' and '.join(lacking)}: not there, and no Go that could build them (https://go.dev/dl/). "
+                "If you have the programs, name their folder: KUBEBUILDER_ASSETS"
+            )
+        build(go)
     print(folder())
 
 

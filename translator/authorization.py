@@ -159,7 +159,10 @@ def _unreadable(world: World, proxy: Proxy) -> list[ObjectKey]:
     return [
         policy.key
         for policy in world.unreadable
-        if policy.key.namespace in namespaces and proxy.has_labels(policy.labels or {})
+        # A limit also denies on sidecars: translator.rate_limits.
+        if policy.key.kind != "LLMTokenRateLimit"
+        and policy.key.namespace in namespaces
+        and proxy.has_labels(policy.labels or {})
     ]
 
 

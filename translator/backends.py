@@ -10,18 +10,17 @@ from typing import Any
 from google.protobuf.message import Message
 
 from crds.core import Service
+from crds.llmprovider import ConnectionPool
 from crds.llmroute import BackendObjectReference
 from crds.problems import ObjectKey
 from translator.certificates import Certificates, client_context, spiffe
-from translator.clusters import DNS, GUARD, is_ip
+from translator.clusters import circuit_breakers
+from translator.endpoints import cluster_of
 from translator.gateways import is_mutual
-from translator.hosts import stat_name
 from translator.world import World
 from xds import protos
 
-_HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _KEEP_ALIVE = timedelta(seconds=50)
-_UNLIMITED = {"value": 2**32 - 1}
 
 
 class BackendNotFoundError(LookupError):
@@ -75,7 +74,7 @@ def _port(service: Service, number: int | None) -> int:
 def backend_cluster(target: Backend, world: World, certificates: Certificates | None) -> Message:
     """Make the cluster of a Service; with ``certificates`` it is spoken to in mutual TLS."""
     mesh = world.mesh
-    host, port = mesh.connect_to.get((target.host, target.port), (target.host, target.port))
+    address = target.host, target.port
     options: dict[str, Any] = {
         "explicit_http_config": {"http_protocol_options": {}},
         "common_http_protocol_options": {"idle_timeout": _KEEP_ALIVE},
@@ -83,34 +82,14 @@ def backend_cluster(target: Backend, world: World, certificates: Certificates | 
     if certificates is not None:
         # The gateway chooses its server by the SNI: the host that the request is for.
         options["upstream_http_protocol_options"] = {"auto_sni": True}
-    endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
-    made = protos.Cluster(
-        name=target.cluster_name,
-        alt_stat_name=stat_name(target.cluster_name),
-        cluster_type=None if is_ip(host) else DNS,
-        connect_timeout=mesh.config.connect_timeout,
-        wait_for_warm_on_init={"value": False},
-        load_assignment={
-            "cluster_name": target.cluster_name,
-            "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}, GUARD],
-            "policy": {"overprovisioning_factor": {"value": 100 * 10_000}},
-        },
-        circuit_breakers={
-            "thresholds": [
-                {
-                    "max_connections": _UNLIMITED,
-                    "max_pending_requests": _UNLIMITED,
-                    "max_requests": _UNLIMITED,
-                    "max_retries": _UNLIMITED,
-                }
-            ]
-        },
-        common_lb_config={"healthy_panic_threshold": {"value": 0}},
-        upstream_connection_options={"tcp_keepalive": {"keepalive_time": {"value": 300}}},
+    made: Any = cluster_of(
+        target.cluster_name,
+        [mesh.connect_to.get(address, address)],
+        mesh.config.connect_timeout,
+        protos.HttpProtocolOptions(**options),
+        guarded=True,
     )
-    made.typed_extension_protocol_options[_HTTP_PROTOCOL_OPTIONS].CopyFrom(
-        protos.pack(protos.HttpProtocolOptions(**options))
-    )
+    made.circuit_breakers.CopyFrom(circuit_breakers(ConnectionPool()))
     if certificates is not None:
         config = mesh.config
         domains = (config.trust_domain, *config.trust_domain_aliases)

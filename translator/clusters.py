@@ -5,50 +5,31 @@ a retry on another provider gets that provider's model, path, host and key (desi
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
-from ipaddress import ip_address
 from typing import Any, Self
 
 from google.protobuf.message import Message
 
-from crds.llmprovider import LLMProvider, OutlierDetection
+from crds.llmprovider import MAX_REQUEST_BYTES, ConnectionPool, LLMProvider, OutlierDetection
 from translator import lua, older_envoy, secrets
+from translator.endpoints import cluster_of, is_ip
 from translator.features import Feature
-from translator.hosts import authority, stat_name
+from translator.hosts import authority
 from translator.operations import operations
 from translator.proxy import Proxy
 from translator.world import MeshSettings
 from xds import protos
 
-_KEEP_ALIVE = timedelta(seconds=50)
-_UNLIMITED = {"value": 2**32 - 1}
+_UNLIMITED = 2**32 - 1
 HOST_METADATA = ("llm", "host")
 """Namespace and key of a cluster's metadata that hold the host of its provider."""
 _ADS = {"ads": {}, "resource_api_version": "V3"}
-_HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
-DNS = {
-    "name": "dns",
-    "typed_config": protos.pack(
-        protos.DnsCluster(
-            dns_refresh_rate=timedelta(seconds=60),
-            respect_dns_ttl=True,
-            # Envoy's default takes the IPv6 addresses alone where there are some; many a machine cannot
-            # reach them.
-            dns_lookup_family="V4_PREFERRED",
-        )
-    ),
+_ERRORS_WITH_429 = {
+    "http_response_headers_match": {
+        "headers": [{"name": ":status", "string_match": {"safe_regex": {"regex": "429|5.."}}}]
+    }
 }
-"""All addresses of a name are endpoints; asked again when the record says so, else each minute (as Istio)."""
-
-GUARD = {
-    "priority": 1,
-    "lb_endpoints": [
-        {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 1}}}}
-    ],
-}
-"""Nothing listens here. A cluster without a usable host answers 503 at once and ends the retry logic; a
-refused connection is retried on the next provider instead (envoy-facts.md part 1, section 3)."""
+"""Which answers outlier detection counts. It replaces Envoy's own rule, so that 5xx has to be in it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,77 +72,42 @@ def cluster(target: Destination, mesh: MeshSettings, proxy: Proxy, *, client_cer
     for one would hold up its whole update).
     """
     spec = target.provider.spec
-    addresses = [mesh.connect_to.get(address, address) for address in spec.addresses]
-    is_static = all(is_ip(host) for host, _ in addresses)
+    pool, outliers = spec.traffic_policy.connection_pool, spec.traffic_policy.outlier_detection
     options = protos.HttpProtocolOptions(
         # HTTP/1.1: a connection a stream, so that one that breaks takes no other stream with it.
         explicit_http_config={"http_protocol_options": {}},
-        # Shorter than what providers allow (60 s and more): a request on a connection that the other side is
-        # just closing fails, and is not retried.
-        common_http_protocol_options={"idle_timeout": _KEEP_ALIVE},
+        # By default shorter than what providers allow (60 s and more): a request on a connection that the
+        # other side is just closing fails, and is not retried.
+        common_http_protocol_options={"idle_timeout": pool.http.idle_timeout},
         http_filters=_upstream_filters(target, mesh, proxy),
+        outlier_detection={"error_matcher": _ERRORS_WITH_429} if outliers and outliers.count_429 else None,
     )
-    made = protos.Cluster(
-        name=target.cluster_name,
-        alt_stat_name=stat_name(target.cluster_name),
-        cluster_type=None if is_static else DNS,
-        connect_timeout=mesh.config.connect_timeout,
-        # A name that never resolves must not hold up the acknowledgement of all clusters.
-        wait_for_warm_on_init={"value": False},
-        load_assignment=_load_assignment(addresses),
-        circuit_breakers={
-            "thresholds": [
-                {
-                    "max_connections": _UNLIMITED,
-                    "max_pending_requests": _UNLIMITED,
-                    "max_requests": _UNLIMITED,
-                    "max_retries": _UNLIMITED,
-                }
-            ]
-        },
-        # With one host Envoy would go on sending to it although it is ejected.
-        common_lb_config={"healthy_panic_threshold": {"value": 0}},
-        upstream_connection_options={"tcp_keepalive": {"keepalive_time": {"value": 300}}},
+    made: Any = cluster_of(
+        target.cluster_name,
+        [mesh.connect_to.get(address, address) for address in spec.addresses],
+        pool.tcp.connect_timeout or mesh.config.connect_timeout,
+        options,
+        guarded=True,
     )
-    made.typed_extension_protocol_options[_HTTP_PROTOCOL_OPTIONS].CopyFrom(protos.pack(options))
+    made.circuit_breakers.CopyFrom(circuit_breakers(pool))
     # Metrics show it, also for requests that no host of the cluster got.
     made.metadata.filter_metadata[HOST_METADATA[0]].update({HOST_METADATA[1]: spec.host})
     if spec.tls.mode != "DISABLE":
         made.transport_socket.CopyFrom(_tls(target.provider, client_certificate=client_certificate))
-    if spec.outlier_detection is not None:
-        made.outlier_detection.CopyFrom(_outlier_detection(spec.outlier_detection))
+    if outliers is not None:
+        made.outlier_detection.CopyFrom(_outlier_detection(outliers))
     return made
-
-
-def is_ip(host: str) -> bool:
-    """Whether a host is an IP address, which needs no DNS."""
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _load_assignment(addresses: list[tuple[str, int]]) -> dict[str, Any]:
-    hosts = [
-        {"endpoint": {"address": {"socket_address": {"address": host, "port_value": port}}}}
-        for host, port in addresses
-    ]
-    return {
-        "cluster_name": "-",  # only EDS reads it
-        "endpoints": [{"lb_endpoints": hosts}, GUARD],
-        # The guard gets nothing as long as one real host is usable.
-        "policy": {"overprovisioning_factor": {"value": 100 * 10_000}},
-    }
 
 
 def _upstream_filters(target: Destination, mesh: MeshSettings, proxy: Proxy) -> list[dict[str, Any]]:
     provider = target.provider
     config = provider.spec.config_for(target.rule)
+    limit = provider.spec.max_request_bytes
     context = lua.filter_context(
         authority(target.host_rewrite or provider.spec.host),
         operations(provider.spec, config),
         mesh.config.llm_metrics.max_client_models,
+        None if limit == MAX_REQUEST_BYTES else limit,
     )
     filters = [("llm.provider", _lua(context, proxy))]
     key = secrets.api_key_name(provider, target.rule)
@@ -228,6 +174,18 @@ def _tls(provider: LLMProvider, *, client_certificate: bool) -> Message:
         auto_sni_san_validation=bool(sni) and not settings.insecure_skip_verify,
     )
     return protos.TransportSocket(name="tls", typed_config=protos.pack(context))
+
+
+def circuit_breakers(pool: ConnectionPool) -> Message:
+    """Make circuit breakers, in Istio a connection pool. Envoy's own defaults would be limits, too."""
+    limits = {
+        "max_connections": pool.tcp.max_connections,
+        "max_pending_requests": pool.http.http1_max_pending_requests,
+        "max_requests": pool.http.http2_max_requests,
+        "max_retries": pool.http.max_retries,
+    }
+    thresholds = {name: {"value": limit or _UNLIMITED} for name, limit in limits.items()}
+    return protos.CircuitBreakers(thresholds=[thresholds])
 
 
 def _outlier_detection(detection: OutlierDetection) -> Message:

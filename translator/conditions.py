@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from crds.authorizationpolicy import AuthorizationPolicy
 from crds.gateway import Gateway
@@ -13,7 +14,7 @@ from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute, resolve_gateway
 from crds.problems import Finding, ObjectKey, Path, field_name
 from crds.telemetry import AccessLogging, Metrics, Telemetry, Tracing
-from translator import api_keys, authentication, authorization, secrets
+from translator import api_keys, authentication, authorization, global_rate_limits, rate_limits, secrets
 from translator.backends import BackendNotFoundError, UnsupportedBackendError, backend
 from translator.gateways import intersection, merge, typical_proxies
 from translator.hosts import domains
@@ -60,6 +61,7 @@ def conditions(world: World, memory: Memory | None = None) -> dict[ObjectKey, tu
     for key, condition in (*_lost_providers(world), *_lost_routes(world), *_refused_routes(world)):
         accepted[key] = accepted[key].joined(condition) if key in accepted else condition
     found: dict[ObjectKey, tuple[Condition, ...]] = {}
+    hints = _Hints()
     for providers in world.providers.values():
         for provider in providers:
             found[provider.key] = (
@@ -68,14 +70,14 @@ def conditions(world: World, memory: Memory | None = None) -> dict[ObjectKey, tu
             )
     for routes in world.routes.values():
         for route in routes:
-            found[route.key] = (accepted.get(route.key, _ACCEPTED), _backends(world, route))
+            found[route.key] = (accepted.get(route.key, _ACCEPTED), _backends(world, route, hints))
     for gateways in world.gateways.values():
         for gateway in gateways:
             found[gateway.key] = _gateway(world, gateway)
     for policies in world.authorization_policies.values():
         for policy in policies:
             found[policy.key] = _authorization(world, policy)
-    return found | dict(_authentications(world)) | dict(_telemetries(world))
+    return found | dict(_authentications(world)) | dict(_telemetries(world)) | dict(_token_limits(world))
 
 
 _ACCEPTED = Condition("Accepted", status=True, reason="Accepted")
@@ -143,6 +145,16 @@ def _authentications(world: World) -> Iterator[tuple[ObjectKey, tuple[Condition,
             yield policy.key, (_ACCEPTED, _resolved("JwksNotFound", authentication.unresolved(policy)))
     for key, findings in api_keys.findings(world).items():
         yield key, (_ACCEPTED, _resolved("KeysNotUsable", findings))
+
+
+def _token_limits(world: World) -> Iterator[tuple[ObjectKey, tuple[Condition, ...]]]:
+    for limits in world.token_rate_limits.values():
+        for limit in limits:
+            notes = (*rate_limits.notes(limit), *global_rate_limits.notes(world, limit))
+            service = global_rate_limits.unresolved(world, limit)
+            reason = "ProviderNotFound" if service else "TargetNotFound"
+            resolved = _resolved(reason, [*service, *rate_limits.unresolved(world, limit)])
+            yield limit.key, (replace(_ACCEPTED, findings=notes), resolved)
 
 
 def _authorization(world: World, policy: AuthorizationPolicy) -> tuple[Condition, ...]:
@@ -268,7 +280,7 @@ def _gateway(world: World, gateway: Gateway) -> tuple[Condition, Condition]:
     return accepted, _resolved("SecretNotFound", missing)
 
 
-def _backends(world: World, route: LLMRoute) -> Condition:
+def _backends(world: World, route: LLMRoute, hints: "_Hints") -> Condition:
     """Look every backendRef, and every gateway, up; providers among those that its workloads can get."""
     namespaces, where = _namespaces_of(world, route)
     hosts = [world.providers_by_host.get(namespace, {}) for namespace in namespaces]
@@ -291,19 +303,50 @@ def _backends(world: World, route: LLMRoute) -> Condition:
                     continue
                 text = f"no LLMProvider with host {ref.provider_host} in {where} (its share is answered 503)"
                 hidden = [f", {provider.key} is not exported to it" for provider in providers]
-                hint = hidden[0] if hidden else _similar_host(ref.provider_host, hosts, route)
+                hint = hidden[0] if hidden else hints.host(ref.provider_host, namespaces, hosts, route)
                 findings.append(Finding((*path, "providerHost"), f"{text}{hint}"))
     return _resolved(reason, findings)
 
 
-def _similar_host(host: str, hosts: Iterable[Mapping[str, Sequence[LLMProvider]]], route: LLMRoute) -> str:
-    exported = (
-        name
-        for by_host in hosts
-        for name, providers in by_host.items()
-        if any(provider.exported_to(route.namespace) for provider in providers)
-    )
-    return did_you_mean(host, set(exported))
+class _Hints:
+    """Which host may have been meant.
+
+    That takes some milliseconds for each, and thousands of routes may refer to what is not there: beyond
+    some missing hosts, or among too many hosts, nothing is said.
+    """
+
+    _MISSING = 20
+    _KNOWN = 200
+
+    def __init__(self) -> None:
+        self._asked: set[str] = set()
+        self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def host(
+        self,
+        missing: str,
+        namespaces: Sequence[str],
+        hosts: Sequence[Mapping[str, Sequence[LLMProvider]]],
+        route: LLMRoute,
+    ) -> str:
+        """Return `, did you mean '...'?`, or nothing; of the hosts that the route may refer to."""
+        is_one_more = len(self._asked) >= self._MISSING and missing not in self._asked
+        if is_one_more or sum(map(len, hosts)) > self._KNOWN:
+            return ""
+        self._asked.add(missing)
+        view = (*namespaces, route.namespace)
+        if view not in self._known:
+            exported = {
+                name
+                for by_host in hosts
+                for name, providers in by_host.items()
+                if any(provider.exported_to(route.namespace) for provider in providers)
+            }
+            self._known[view] = tuple(sorted(exported))
+        return _nearest(missing, self._known[view])
+
+
+_nearest = lru_cache(maxsize=1024)(did_you_mean)
 
 
 def _namespaces_of(world: World, route: LLMRoute) -> tuple[list[str], str]:

@@ -9,11 +9,14 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from crds.llmprovider import MAX_REQUEST_BYTES
 from xds import protos
 
 JSON = "application/json"
 LUA_METADATA = "llm"
 """Dynamic metadata namespace in which the Lua script marks its own answers (key ``error``)."""
+LIMIT_METADATA = ("llm.limits", "maxRequestBytes")
+"""Namespace and key of the metadata in which a route with a limit of its own tells it."""
 
 _NO_API_KEY = ("missing_api_key", "unknown_api_key", "unkonwn_api_key", "missing_credentials")
 """Response code details of the API key filter; the misspelt one is that of older Envoys."""
@@ -24,7 +27,7 @@ def openai_error(message: str, kind: str, code: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def local_reply_config(max_request_bytes: int) -> Message:
+def local_reply_config() -> Message:
     """Turn Envoy's own answers into OpenAI's JSON; the first mapper that matches counts."""
     return protos.LocalReplyConfig(
         mappers=[
@@ -94,8 +97,14 @@ def local_reply_config(max_request_bytes: int) -> Message:
                 "provider_key_missing",
             ),
             _error(
+                _cel(f'response.code == 413 && "{LIMIT_METADATA[0]}" in xds.route_metadata.filter_metadata'),
+                f"The request body is larger than %METADATA(ROUTE:{':'.join(LIMIT_METADATA)})% bytes.",
+                "invalid_request_error",
+                "request_too_large",
+            ),
+            _error(
                 _status(413),
-                f"The request body is larger than {max_request_bytes} bytes.",
+                f"The request body is larger than {MAX_REQUEST_BYTES} bytes.",
                 "invalid_request_error",
                 "request_too_large",
             ),
@@ -112,10 +121,23 @@ def local_reply_config(max_request_bytes: int) -> Message:
                 "provider_unreachable",
             ),
             _error(
+                _flags("RL"),
+                "Rate limit reached: all tokens of the limit are used. Retry after the time in retry-after.",
+                "tokens",
+                "rate_limit_exceeded",
+            ),
+            _error(
+                _flags("RLSE"),
+                "The rate limit service could not be asked.",
+                "server_error",
+                "rate_limit_unavailable",
+            ),
+            _error(
                 _flags("UO"),
                 "The provider has too many requests under way.",
                 "server_error",
                 "overloaded",
+                headers={"retry-after": "1"},
             ),
             _error(
                 _status(499, "LE"),
@@ -151,8 +173,12 @@ def _denied() -> dict[str, Any]:
 
 def _details(condition: str) -> dict[str, Any]:
     """Match by Envoy's response code details; the condition is what follows them in CEL."""
-    expression = protos.ExpressionFilter(expression=f"response.code_details{condition}")
-    return {"extension_filter": {"name": "cel", "typed_config": protos.pack(expression)}}
+    return _cel(f"response.code_details{condition}")
+
+
+def _cel(expression: str) -> dict[str, Any]:
+    made = protos.ExpressionFilter(expression=expression)
+    return {"extension_filter": {"name": "cel", "typed_config": protos.pack(made)}}
 
 
 def _error(

@@ -21,6 +21,8 @@ class Feature(Enum):
 
     LUA_CONTEXT = (1, 40), "filter_context and shared_vm_id of Lua filters", ""
     """Without: the data are written into each cluster's own script (translator.older_envoy)."""
+    NEGATIVE_HITS = (1, 40), "is_negative_hits of Envoy's ratelimit filter", ""
+    """Without: reservations are settled upward only (translator.global_rate_limits)."""
     PRIORITY_GROUPS = (1, 40), "the cluster specifier priority_group", ""
     """Without: weights of which each group's is far above that of all later ones (translator.rules)."""
     SCOPED_ROUTES = (1, 40), "a change between one route configuration and scoped routes", ""
@@ -34,6 +36,7 @@ class Feature(Enum):
     FILTER_CHAIN = (1, 39), "the HTTP filter filter_chain", ""
     """Without: each filter of the policies is a resource of its own (translator.policies)."""
     METRICS = (1, 39), "metrics of requests (stats_scope of the stats access logger)", "they are not counted"
+    TOKEN_LIMITS = (1, 39), "limits of tokens (stats() of Lua)", "it uses as many tokens as it likes"
     LUA_FILTER_STATE = (1, 39), "filterState():set() of Lua, again and again for one key", ""
     """Without: dynamic metadata (translator.older_envoy). 1.38 keeps the first value of a key for ever."""
     CREDENTIAL_PREFIX = (1, 37), "header_value_prefix of injected credentials", ""

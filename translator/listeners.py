@@ -18,8 +18,11 @@ from xds import protos
 
 HTTP_PROXY_ROUTES = "http_proxy"
 """Istio's name of the route configuration that the HTTP proxy listener uses."""
+LOWER_CASE_HOST = "lower_case_host"
+"""Name of the filter that scoped routes need."""
 
 
+_STATISTICS = {ProxyType.SIDECAR: HTTP_PROXY_ROUTES, ProxyType.ROUTER: "gateway"}
 _TYPES = "type.googleapis.com/"
 _LUA = "envoy.extensions.filters.http.lua.v3.Lua"
 _ADS = {"ads": {}, "resource_api_version": "V3"}
@@ -52,7 +55,7 @@ def sidecar_listener(world: World, proxy: Proxy, *, scoped: bool) -> Message | N
     port = world.mesh.config.proxy_http_port
     if not port:
         return None
-    manager = _connection_manager(world, proxy, HTTP_PROXY_ROUTES, scoped=scoped)
+    manager = connection_manager(world, proxy, HTTP_PROXY_ROUTES, scoped=scoped)
     return _listener(f"{proxy.bind_address}_{port}", proxy.bind_address, port, [_chain(manager)])
 
 
@@ -62,7 +65,7 @@ def gateway_listener(
     """Make a listener of a gateway; ``scoped`` names the route configurations that are scoped routes."""
     chains = []
     for chain in opened.chains:
-        made = _chain(_connection_manager(world, proxy, chain.routes, scoped=chain.routes in scoped))
+        made = _chain(connection_manager(world, proxy, chain.routes, scoped=chain.routes in scoped))
         if chain.tls is not None and chain.certificates is not None:
             config = world.mesh.config
             domains = (config.trust_domain, *config.trust_domain_aliases)
@@ -90,9 +93,11 @@ def _chain(manager: Message) -> dict[str, Any]:
     return {"filters": [{"name": name, "typed_config": protos.pack(manager)}]}
 
 
-def _connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool) -> Message:
+def connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool) -> Message:
+    """Make an HTTP connection manager, its last filter the router."""
     return protos.HttpConnectionManager(
-        stat_prefix=routes,
+        # One for all: limits of tokens count in statistics below it, for all listeners together.
+        stat_prefix=_STATISTICS[proxy.type],
         rds=None if scoped else {"route_config_name": routes, "config_source": _ADS},
         scoped_routes=_scoped_routes(routes, proxy) if scoped else None,
         # Host: HOST:PORT and HOST. are HOST, for routes and policies alike (asm-and-istio.md, finding 4).
@@ -108,7 +113,7 @@ def _connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool
         ],
         # Routes have an idle timeout of their own; five minutes of silence are nothing for a model.
         stream_idle_timeout=timedelta(),
-        local_reply_config=local_reply_config(world.mesh.max_request_bytes),
+        local_reply_config=local_reply_config(),
         http_filters=[
             *([_lower_case_host()] if scoped else []),
             *policies.filters(world, proxy),
@@ -200,4 +205,4 @@ def _lower_case_host() -> dict[str, Any]:
             "xds_matcher": matcher,
         },
     )
-    return {"name": "lower_case_host", "typed_config": protos.pack(filter_)}
+    return {"name": LOWER_CASE_HOST, "typed_config": protos.pack(filter_)}

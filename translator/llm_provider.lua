@@ -3,7 +3,7 @@
 -- sends to another provider is made here anew, from that provider's data.
 --
 -- The data are the filter's `filter_context`; translator/lua.py makes it and documents it:
---   {id, host, prefix, operations: ["METHOD suffix [path]" or ["METHOD suffix [path]", member...]]}
+--   {id, host, prefix, max_bytes, operations: ["METHOD suffix [path]" or ["METHOD suffix [path]", member...]]}
 --   member: [mode, JSON text, key, inner key or none]
 --
 -- The body is not decoded. Its bytes are checked against the JSON grammar in one pass, in which the places of
@@ -261,13 +261,21 @@ end
 
 local MODEL_LENGTH = 128
 
+local MAX_NAMES = 256
+local names, name_count = {}, 0 -- of models, by their JSON text
+
 -- A model for logs and metrics, from JSON text: cut and made printable; nil if it is no string or empty.
 local function model_name(text)
+  if names[text] then return names[text] end
   if byte(text) ~= QUOTE then return nil end
   local name = sub(text, 2, -2)
   if find(name, "\\", 1, true) then name = unescape(name, MODEL_LENGTH) end
   name = sub(name, 1, MODEL_LENGTH):gsub("[^ -~]", "?")
-  return name ~= "" and name or nil
+  if name == "" then return nil end
+  if #text <= MODEL_LENGTH and name_count < MAX_NAMES then
+    names[text], name_count = name, name_count + 1
+  end
+  return name
 end
 
 local function merge_plan(members)
@@ -325,6 +333,7 @@ local MAX_MODELS = 100 -- that clients choose and metrics show
 
 local function provider_plan(context)
   local plan = { host = context:get("host"), models = context:get("models") or MAX_MODELS, operations = {} }
+  plan.max_bytes = context:get("max_bytes") or math.huge
   local prefix, served = context:get("prefix"), {}
   for n, listed in ipairs(context:get("operations")) do
     local spliced = type(listed) == "table"
@@ -508,6 +517,11 @@ local function refuse(h, status, code, message, allow)
   )
 end
 
+local function refuse_size(h, plan)
+  local message = ("The request body is larger than %d bytes."):format(plan.max_bytes)
+  return refuse(h, "413", "request_too_large", message)
+end
+
 -- Header changes of an attempt are there in the next one; the client's path is kept in filter state, which no
 -- client can write. Returns it, and whether this is a later attempt.
 local function client_path(state, headers)
@@ -579,6 +593,12 @@ local function handle(h)
     return refuse(h, "404", "unknown_url", "Unknown request path. Served here: " .. plan.served .. ".")
   end
 
+  -- Only the client's own: an attempt before has written the length of what it made of the body.
+  if plan.max_bytes < math.huge and not again then
+    local announced = tonumber(headers:get("content-length") or 0) or 0
+    if announced > plan.max_bytes then return refuse_size(h, plan) end
+  end
+
   if not operation.root then
     local path = operation.path
     if query then path = path .. (find(path, "?", 1, true) and "&" or "?") .. sub(target, query + 1) end
@@ -613,6 +633,7 @@ local function handle(h)
   end
   local body = h:body(true) -- waits for the whole body; `headers` and `state` are dead from here on
   local size = body:length()
+  if size > plan.max_bytes then return refuse_size(h, plan) end
   if size == 0 then return refuse(h, "400", "empty_body", "The request body is empty.") end
   local text = body:getBytes(0, size) -- held here while splice reads it through a pointer
   local spliced, model, added = splice(text, operation.root)
@@ -757,22 +778,42 @@ local function read_usage(r, s, p, i)
   end
 end
 
+local SHORT = 32 -- bytes from which on a search is faster than the loop below
+
+-- What closing_quote returns.
+local function far_quote(s, p, i, n)
+  local from = i
+  while true do
+    local at = find(s, '"', i + 1, true)
+    local to = at and at <= n and at - 1 or n
+    local text = to
+    while text > from and p[text - 1] == BACKSLASH do text = text - 1 end
+    local escaped = (to - text) % 2 == 1
+    if to == n then return escaped and n + 1 or n end
+    if not escaped then return to end
+    i = to + 1
+  end
+end
+
 -- The quote that ends the string around p[i]; or n, or n + 1 if the character at n is escaped.
-local function closing_quote(p, i, n)
+local function closing_quote(s, p, i, n)
+  local near = i + SHORT
   while i < n do
-    while i <= last_four and SPECIAL[p[i]] + SPECIAL[p[i + 1]] + SPECIAL[p[i + 2]] + SPECIAL[p[i + 3]] == 0 do
+    if i >= near then return far_quote(s, p, i, n) end
+    local to = math.min(last_four, near)
+    while i <= to and SPECIAL[p[i]] + SPECIAL[p[i + 1]] + SPECIAL[p[i + 2]] + SPECIAL[p[i + 3]] == 0 do
       i = i + 4
     end
-    while SPECIAL[p[i]] == 0 do i = i + 1 end
-    if p[i] == QUOTE or i >= n then return i end
-    i = i + (p[i] == BACKSLASH and 2 or 1)
+    while SPECIAL[p[i]] == 0 and i < near do i = i + 1 end
+    if i >= n or p[i] == QUOTE then return i end
+    if SPECIAL[p[i]] ~= 0 then i = i + (p[i] == BACKSLASH and 2 or 1) end
   end
   return i
 end
 
 -- The rest of the string around p[i], of which the beginning is gone or not of interest; n if it goes on there.
-local function finish_string(r, p, i, n)
-  local to = closing_quote(p, i, n)
+local function finish_string(r, s, p, i, n)
+  local to = closing_quote(s, p, i, n)
   if r.measured then r.content = r.content + math.min(to, n) - i end
   if to < n then
     r.inside, r.measured = false, false
@@ -796,7 +837,7 @@ local function read_member(r, s, p, from, i, n)
   if role == "content" then
     if c ~= QUOTE then return at end
     r.measured = true
-    return finish_string(r, p, at + 1, n)
+    return finish_string(r, s, p, at + 1, n)
   elseif role == "choices" then
     if c ~= ARRAY then return at end
     local first = skip_space(p, at + 1)
@@ -824,7 +865,7 @@ end
 local function scan(r, s, p, i, n, more)
   if r.inside and i < n then
     if r.escaped then i = i + 1 end
-    i = finish_string(r, p, i, n)
+    i = finish_string(r, s, p, i, n)
   end
   local depth, rest = r.depth, n
   while true do
@@ -833,7 +874,7 @@ local function scan(r, s, p, i, n, more)
     local c = p[i]
     if c == QUOTE then
       local from = i
-      i = closing_quote(p, i + 1, n) + 1
+      i = closing_quote(s, p, i + 1, n) + 1
       local length = i - from - 2
       if length <= LONGEST_KEY and (i > n or CANDIDATE[p[from + 1] * 32 + length] ~= 0) then
         local on = -1
@@ -1041,7 +1082,7 @@ end
 local TOKENS_PER_BYTE = 1 / 4 -- where nobody counted
 
 -- Returns prompt and completion tokens as far as they are known or can be guessed; nil if neither.
-local function tokens(r)
+local function tokens(h, r)
   local counts = r.counts
   local prompt, completion = counts.prompt, counts.completion
   if not prompt and counts.input then
@@ -1053,7 +1094,11 @@ local function tokens(r)
   elseif not prompt and not completion then
     return nil
   end
-  prompt = (prompt or math.ceil(r.request_bytes * TOKENS_PER_BYTE)) + (counts.tool_use or 0)
+  if not prompt then
+    r.request_bytes = r.request_bytes or tonumber(h:requestHeaders():get("content-length") or 0)
+    prompt = math.ceil(r.request_bytes * TOKENS_PER_BYTE)
+  end
+  prompt = prompt + (counts.tool_use or 0)
   completion = (completion or 0) + (counts.thoughts or 0)
   local reasoning = counts.reasoning
   -- xAI counts reasoning in the total only
@@ -1068,20 +1113,34 @@ local function set(state, told, key, value)
   end
 end
 
+-- Tells the metrics of what few requests have (translator/metrics.py). It is metadata, which a logger looks at
+-- for less than at filter state.
+local function note(h, told, key, value)
+  if (told[key] or false) ~= value then
+    told[key] = value
+    h:streamInfo():dynamicMetadata():set("llm", key, value)
+  end
+end
+
 -- Tells logs and metrics. Returns the completion tokens, if there are tokens to tell of.
 local function tell(h, r)
   local state, told, counts = h:streamInfo():filterState(), r.told, r.counts
-  local prompt, completion = tokens(r)
+  local prompt, completion = tokens(h, r)
   set(state, told, "llm.stream", r.stream and "true" or "false")
   set(state, told, "llm.response_model", r.model)
   if not prompt then return nil end
-  set(state, told, "llm.time_to_first_token", r.first and seconds(r.first - r.start))
+  local cached, reasoning = counts.cached or counts.cache_read, counts.reasoning or counts.thoughts
+  if r.first then
+    set(state, told, "llm.time_to_first_token", seconds(r.first - r.start))
+    note(h, told, "time_to_first_token", true)
+  end
   set(state, told, PROMPT_STATE, prompt)
   set(state, told, COMPLETION_STATE, completion)
   set(state, told, "llm.total_tokens", (r.known or not r.stream) and counts.total or prompt + completion)
-  set(state, told, "llm.cached_tokens", counts.cached or counts.cache_read)
-  set(state, told, "llm.reasoning_tokens", counts.reasoning or counts.thoughts)
+  set(state, told, "llm.cached_tokens", cached)
+  set(state, told, "llm.reasoning_tokens", reasoning)
   set(state, told, "llm.usage", r.reported and "reported" or "estimated")
+  note(h, told, "special", not r.reported or (cached or 0) > 0 or (reasoning or 0) > 0)
   r.due = completion + math.floor(completion / 8) + 1
   return completion
 end
@@ -1112,14 +1171,12 @@ local function read_response(h)
   local attempt = h:streamInfo():filterState():get(ATTEMPT_STATE)
   if not attempt or attempt == "" then return end
   local headers = h:headers()
-  local success = sub(headers:get(":status"), 1, 1) == "2"
   local encoding = (headers:get("content-encoding") or "identity"):lower()
   local r = new_reader()
   r.stream = sub(headers:get("content-type") or "", 1, 17):lower() == "text/event-stream"
   r.removing = r.stream and encoding == "identity" and sub(attempt, 1, 1) == ADDED
   if r.removing then headers:remove("content-length") end
   r.start = tonumber(match(attempt, "%d+"))
-  r.request_bytes = tonumber(h:requestHeaders():get("content-length") or 0)
 
   local last = nil
   for chunk in h:bodyChunks() do
@@ -1140,16 +1197,17 @@ local function read_response(h)
   local held = r.stream and finish_events(r) or ""
   -- Behind trailers the last piece is gone. What is lost then is half an event, which a client may not use.
   if held ~= "" then pcall(append, last, held) end
-  if not success and not next(r.counts) then return end
+  if not next(r.counts) and sub(h:headers():get(":status"), 1, 1) ~= "2" then return end
   r.known = r.known or r.counts.completion ~= nil
   r.reported = r.known or not r.stream
   local completion = tell(h, r)
-  local state = h:streamInfo():filterState()
   if not completion then
-    state:set("llm.usage", "envoy.string", "unknown")
+    set(h:streamInfo():filterState(), r.told, "llm.usage", "unknown")
+    note(h, r.told, "special", true)
   elseif completion > 1 and r.first then
     local time = (tonumber(microseconds(h)) - r.first) / (completion - 1)
-    state:set("llm.time_per_output_token", "envoy.string", seconds(time))
+    set(h:streamInfo():filterState(), r.told, "llm.time_per_output_token", seconds(time))
+    note(h, r.told, "time_per_output_token", true)
   end
 end
 
@@ -1172,6 +1230,6 @@ end
 -- and it would make a new trace for each header name that it meets. The scanner is what is to be compiled.
 local interpreted = {
   envoy_on_request, handle, operation_of, client_path, refuse, plan_of, label_of, microseconds,
-  envoy_on_response, read_response, read_piece, tell, set, append,
+  envoy_on_response, read_response, read_piece, tell, tokens, set, note, append,
 }
 for _, f in ipairs(interpreted) do jit.off(f, true) end

@@ -114,13 +114,17 @@ def _check_members(operation: str, members: Sequence[Member]) -> None:
 
 
 def filter_context(
-    host: str, operations: Sequence[Operation], models: int = DEFAULT_MODELS
+    host: str,
+    operations: Sequence[Operation],
+    models: int = DEFAULT_MODELS,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Return the `Lua.filter_context` of a provider, as the dict form of a protobuf Struct.
 
     `host` is the `:authority` that is sent. The first of `operations` is the provider's own one, which also
-    answers POST to `/`. Of models that clients choose, metrics show the first `models`. The `id` in the
-    result is a hash of all the rest: under it the script keeps what it made of a context.
+    answers POST to `/`. Of models that clients choose, metrics show the first `models`. A client's body of
+    more than `max_bytes` is refused (None: only what Envoy does not buffer). The `id` in the result is a hash
+    of all the rest: under it the script keeps what it made of a context.
 
     Raises ValueError if `host` is not a header value, the first operation is not a POST, or one comes twice.
     """
@@ -137,6 +141,8 @@ def filter_context(
     context: dict[str, Any] = {"host": host, "prefix": prefix, "operations": listed}
     if models != DEFAULT_MODELS:
         context["models"] = models
+    if max_bytes is not None:
+        context["max_bytes"] = max_bytes
     canonical = json.dumps(context, sort_keys=True, separators=(",", ":"))
     return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], **context}
 

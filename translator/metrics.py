@@ -2,12 +2,17 @@
 
 Each is written when a request ends. The names get a mark in front (`SCOPE`), by which the bootstrap's port
 15090 knows them and shows them without Envoy's own prefix. Values are always there where a logger writes: a
-missing one would be an error line in Envoy's log, so a filter on the filter state stands in front.
+missing one would be an error line in Envoy's log, so a filter stands in front.
+
+What a request costs grows with the number of tags, and with the CEL expressions. So Envoy counts neighbouring
+labels as one tag (`_packed`), durations in milliseconds (`MILLISECONDS`), and the port's script
+(llmplane/prometheus_door.lua) shows what they are.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 from google.protobuf.message import Message
@@ -16,6 +21,7 @@ from crds.telemetry import TagOverride
 from translator.access_logs import when
 from translator.api_keys import CLIENT_STATE
 from translator.clusters import HOST_METADATA
+from translator.errors import LUA_METADATA
 from translator.features import Feature
 from translator.proxy import Proxy, ProxyType
 from translator.telemetry import Override, metrics
@@ -35,14 +41,15 @@ _COMPLETION = "wasm.asm.llmproxy.request_completion_tokens"
 Labels = Mapping[str, str]
 """Labels in their order: name and format string."""
 
+MILLISECONDS = "__ms"
+"""Stands behind the names of histograms in seconds that are counted in milliseconds."""
+
 _UNKNOWN = "unknown"
-_EMPTY = "%FILTER_STATE(llm.nothing:PLAIN)%"
-"""Envoy takes no empty format string; this is never set."""
+_SEPARATOR = "\x1f"
+"""Stands behind each label that is packed: the control character for this use, which no label holds."""
 _HOST = f"%METADATA(CLUSTER:{':'.join(HOST_METADATA)})%"
 _SHOWN_MODEL = f"%FILTER_STATE({MODEL_LABEL}:PLAIN)%"
-_SECONDS = (
-    "%CEL(double(request.duration.getSeconds()) + double(request.duration.getMilliseconds()) / 1000.0)%"
-)
+_IS_RETRIED = "upstream.request_attempt_count > 1u"
 _OPERATION = "%FILTER_STATE(llm.operation:PLAIN)%"
 _CLIENT = f"%FILTER_STATE({CLIENT_STATE}:PLAIN)%"
 """Only clients with a key have a name, so the configuration bounds their number."""
@@ -58,17 +65,19 @@ class Metric:
     """A format string that is exactly one operator."""
     unit: Literal["", "Unspecified", "Percent"] = ""
     """Of a histogram; `Percent` is the one that takes decimal numbers, and changes nothing else."""
+    suffix: str = ""
+    """What Envoy's name has behind this one."""
     istio: str = ""
     """Istio's name of the metric in a Telemetry, if it is one of Istio's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Metrics that are written together, where all CEL expressions hold."""
+    """Metrics that are written together, where the filter (AccessLogFilter) holds."""
 
     name: str
     metrics: Sequence[Metric]
-    filters: tuple[str, ...] = ()
+    filter: Mapping[str, Any] | None = None
 
 
 def loggers(world: World, proxy: Proxy) -> list[Message]:
@@ -118,29 +127,33 @@ def _groups(proxy: Proxy, *, gen_ai: bool) -> Iterator[Group]:
         "requests",
         [
             Metric("llmplane_requests_total", {**llm, **status}),
-            Metric("llmplane_request_duration_seconds", llm, _SECONDS, "Percent"),
+            _duration("llmplane_request_duration_seconds", llm),
             Metric("llmplane_request_bytes", llm, "%BYTES_RECEIVED%", "Unspecified"),
             Metric("llmplane_response_bytes", llm, "%BYTES_SENT%", "Unspecified"),
-            *(
-                [Metric("gen_ai_client_operation_duration_seconds", {**gen, **answer}, _SECONDS, "Percent")]
-                if gen_ai
-                else ()
-            ),
+            *([_duration("gen_ai_client_operation_duration_seconds", {**gen, **answer})] if gen_ai else ()),
         ],
     )
     yield Group(
-        "usage", list(_usage(proxy, gen if gen_ai else None)), ("'llm.total_tokens' in filter_state",)
+        "usage", list(_usage(proxy, gen if gen_ai else None)), when("'llm.total_tokens' in filter_state")
     )
-    for key, name in (
-        ("llm.time_to_first_token", "time_to_first_token_seconds"),
-        ("llm.time_per_output_token", "time_per_output_token_seconds"),
-    ):
-        value = f"%FILTER_STATE({key}:PLAIN)%"
-        timed = [Metric(f"llmplane_{name}", llm, value, "Percent")]
+    for key in ("time_to_first_token", "time_per_output_token"):
+        value = f"%FILTER_STATE(llm.{key}:PLAIN)%"
+        timed = [Metric(f"llmplane_{key}_seconds", llm, value, "Percent")]
         if gen_ai:
-            timed.append(Metric(f"gen_ai_server_{name}", gen, value, "Percent"))
-        yield Group(key, timed, (f"'{key}' in filter_state",))
-    yield Group("special", list(_special(llm)), (_IS_SPECIAL,))
+            timed.append(Metric(f"gen_ai_server_{key}_seconds", gen, value, "Percent"))
+        yield Group(key, timed, _is_noted(key))
+    is_special = {"or_filter": {"filters": [_is_noted("special"), when(_IS_RETRIED)]}}
+    yield Group("special", list(_special(llm)), is_special)
+
+
+def _duration(name: str, labels: Labels) -> Metric:
+    return Metric(name, labels, "%DURATION%", "Unspecified", MILLISECONDS)
+
+
+def _is_noted(key: str) -> dict[str, Any]:
+    """Make the filter for what the provider script notes of few requests; it costs the others nothing."""
+    matcher = {"filter": LUA_METADATA, "path": [{"key": key}], "value": {"bool_match": True}}
+    return {"metadata_filter": {"matcher": matcher, "match_if_key_not_found": {"value": False}}}
 
 
 def _usage(proxy: Proxy, gen: Labels | None) -> Iterator[Metric]:
@@ -162,9 +175,9 @@ def _usage(proxy: Proxy, gen: Labels | None) -> Iterator[Metric]:
 
 def _special(llm: Labels) -> Iterator[Metric]:
     """Metrics of what most requests do not have; each is 0 where another one is the reason to write them."""
-    again = "upstream.request_attempt_count > 1u"
-    yield Metric("llmplane_retries_total", llm, f"%CEL({again} ? upstream.request_attempt_count - 1u : 0u)%")
-    yield Metric("llmplane_fallbacks_total", llm, f"%CEL({again} ? 1u : 0u)%")
+    more = f"%CEL({_IS_RETRIED} ? upstream.request_attempt_count - 1u : 0u)%"
+    yield Metric("llmplane_retries_total", llm, more)
+    yield Metric("llmplane_fallbacks_total", llm, f"%CEL({_IS_RETRIED} ? 1u : 0u)%")
     for kind in ("cached", "reasoning"):
         key = f"llm.{kind}_tokens"
         value = f"%CEL('{key}' in filter_state ? filter_state['{key}'] : '0')%"
@@ -178,19 +191,6 @@ def _special(llm: Labels) -> Iterator[Metric]:
 def _usage_is(value: str) -> str:
     """Make an expression; filter state is bytes in CEL, which equal no text."""
     return f"'llm.usage' in filter_state && filter_state['llm.usage'] == b'{value}'"
-
-
-_IS_SPECIAL = " || ".join(
-    [
-        "upstream.request_attempt_count > 1u",
-        "'llm.usage' in filter_state && filter_state['llm.usage'] != b'reported'",
-        *(
-            f"'llm.{kind}_tokens' in filter_state && filter_state['llm.{kind}_tokens'] != b'0'"
-            for kind in ("cached", "reasoning")
-        ),
-    ]
-)
-"""One expression for all of them: evaluating one costs a microsecond, as writing a counter does."""
 
 
 def _llm_labels(proxy: Proxy) -> Labels:
@@ -229,8 +229,8 @@ def _istio_labels(proxy: Proxy) -> Labels:
         "source_canonical_revision": _text(revision),
         "source_workload_namespace": _text(proxy.namespace),
         "source_principal": _UNKNOWN,
-        "source_app": _text(labels.get("app", ""), _EMPTY),
-        "source_version": _text(labels.get("version", ""), _EMPTY),
+        "source_app": _text(labels.get("app", ""), ""),
+        "source_version": _text(labels.get("version", ""), ""),
         "source_cluster": _UNKNOWN,
         "destination_workload": _UNKNOWN,
         "destination_workload_namespace": _UNKNOWN,
@@ -245,15 +245,15 @@ def _istio_labels(proxy: Proxy) -> Labels:
         "destination_cluster": _UNKNOWN,
         "request_protocol": "http",
         "response_code": "%RESPONSE_CODE%",
-        "grpc_response_status": _EMPTY,
+        "grpc_response_status": "",
         "response_flags": "%RESPONSE_FLAGS%",
         "connection_security_policy": _UNKNOWN,
     }
 
 
 def _text(value: str, default: str = _UNKNOWN) -> str:
-    """Write a fixed text as a format string."""
-    return value.replace("%", "%%") or default
+    """Write a fixed text as a part of a format string."""
+    return value.replace("%", "%%").replace(_SEPARATOR, "") or default
 
 
 def _changed(metric: Metric, overrides: Mapping[str, Override]) -> Metric | None:
@@ -279,9 +279,9 @@ def _expression(change: TagOverride) -> str:
 
 
 def _logger(group: Group, max_series: int) -> Message:
-    filters: list[dict[str, Any]] = [{"log_type_filter": {"types": ["DownstreamEnd"]}}]
-    if group.filters:
-        filters.append(when(*group.filters))
+    filters: list[Mapping[str, Any]] = [{"log_type_filter": {"types": ["DownstreamEnd"]}}]
+    if group.filter is not None:
+        filters.append(group.filter)
     config = protos.StatsAccessLog(
         stats_scope={
             "prefix": SCOPE,
@@ -308,15 +308,36 @@ def _counter(metric: Metric) -> dict[str, Any]:
 
 
 def _stat(metric: Metric) -> dict[str, Any]:
-    return {"name": metric.name, "tags": list(_tags(metric.labels))}
+    return {"name": metric.name + metric.suffix, "tags": list(_tags(metric.labels))}
 
 
-def _tags(labels: Labels) -> Iterable[dict[str, Any]]:
-    for name, value in labels.items():
-        if value in _MAY_BE_MISSING or value.startswith("%CEL("):
-            yield {"name": name, "value_format": value, "rules": _MISSING_IS_UNKNOWN}
+def _tags(labels: Labels) -> Iterator[dict[str, Any]]:
+    """Make the tags, in the labels' order. What users wrote may have any value, so it is not packed."""
+    for is_own, group in groupby(labels.items(), key=lambda label: not label[1].startswith("%CEL(")):
+        if is_own:
+            own = dict(group)
+            yield {"name": f"{SCOPE}_{next(iter(own))}", "value_format": _packed(own)}
         else:
-            yield {"name": name, "value_format": value}
+            for name, value in group:
+                yield {"name": name, "value_format": value, "rules": _MISSING_IS_UNKNOWN}
+
+
+def _packed(labels: Labels) -> str:
+    """Write labels as one tag.
+
+    Behind `?=` stands what is shown as `unknown` where it is nothing; behind `@=` the label that has the same
+    value, since each operator costs time.
+    """
+    parts, names = [], dict[str, str]()
+    for name, value in labels.items():
+        if value not in _MAY_BE_MISSING:
+            part = f"{name}={value}"
+        elif value in names:
+            part = f"{name}@={names[value]}"
+        else:
+            part, names[value] = f"{name}?={value}", name
+        parts.append(part + _SEPARATOR)
+    return "".join(parts)
 
 
 _MAY_BE_MISSING = {_HOST, _SHOWN_MODEL, _CLIENT}

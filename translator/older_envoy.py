@@ -23,22 +23,22 @@ def source(context: Mapping[str, Any], file: str | None, *, has_filter_state: bo
     ``context`` is the provider's `lua.filter_context`, ``file`` where the script lies on Envoy's machine;
     ``has_filter_state`` says that its Lua can set filter state.
     """
-    script = lua.SCRIPT if file is None else f"dofile({_literal(file)})\n"
-    state = "nil" if has_filter_state else _literal(STATE_METADATA)
-    return f"{script}local CONTEXT, FILTER_STATE = {_literal(context)}, {state}\n{_SHIM}"
+    script = lua.SCRIPT if file is None else f"dofile({literal(file)})\n"
+    state = "nil" if has_filter_state else literal(STATE_METADATA)
+    return f"{script}local CONTEXT, FILTER_STATE = {literal(context)}, {state}\n{_SHIM}"
 
 
-def _literal(value: object) -> str:
-    """Write a value of a filter context in Lua."""
+def literal(value: object) -> str:
+    """Write texts, numbers, lists and mappings of them in Lua."""
     match value:
         case str():
             return '"' + "".join(c if c in _PLAIN else _escaped(c) for c in value) + '"'
         case int():
             return str(value)
         case Mapping():
-            return "{" + ",".join(f"[{_literal(key)}]={_literal(item)}" for key, item in value.items()) + "}"
+            return "{" + ",".join(f"[{literal(key)}]={literal(item)}" for key, item in value.items()) + "}"
         case Sequence():
-            return "{" + ",".join(map(_literal, value)) + "}"
+            return "{" + ",".join(map(literal, value)) + "}"
     raise TypeError(f"{type(value).__name__} is nothing that a filter context holds")
 
 

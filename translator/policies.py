@@ -1,4 +1,4 @@
-"""The security policies of a gateway as resources of their own (ECDS), outside its listeners.
+"""The policies of a proxy as resources of their own (ECDS), outside its listeners.
 
 In a listener, a changed policy would make a new one: connections that are open stay with the old policies
 until they are drained, up to ten minutes, but get new routes at once; and streams that last longer are cut.
@@ -6,7 +6,8 @@ From here, the next request of every connection meets the new policies, and noth
 what it is sent in the order in which it comes, and this type comes before routes (xds.resources.PUSH_ORDER):
 no route is served before the policies that came with it.
 
-The listener has two places for filters, always, so that the first policy changes no listener either.
+The listener has places for filters, always, so that the first policy changes no listener either: on a gateway
+for who may come in, on a gateway and a sidecar for how many tokens are used.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from google.protobuf.message import Message
 
 from crds.problems import ObjectKey
-from translator import api_keys, authentication, authorization
+from translator import api_keys, authentication, authorization, rate_limits
 from translator.features import Feature
 from translator.proxy import Proxy, ProxyType
 from translator.rules import NOT_FORWARDED
@@ -27,6 +28,7 @@ from xds.resources import ECDS, RDS, SRDS, Guard, Resource
 
 API_KEYS = "api_keys"
 POLICIES = "policies"
+RATE_LIMITS, COUNTS, SERVICES = "rate_limits", "rate_limit_counts", "rate_limit_services"
 
 _ADS = {"ads": {}, "resource_api_version": "V3"}
 
@@ -49,12 +51,16 @@ def filters(world: World, proxy: Proxy) -> list[dict[str, Any]]:
 
 def resources(world: World, proxy: Proxy) -> Iterator[tuple[Resource, tuple[ObjectKey, ...]]]:
     """Make what is in these places, each with the policies that it comes from."""
-    keys = tuple(api_keys.objects(world, proxy))
     others = (*authorization.objects(world, proxy), *authentication.objects(world, proxy))
+    objects = {
+        API_KEYS: tuple(api_keys.objects(world, proxy)),
+        POLICIES: others,
+        **dict.fromkeys((RATE_LIMITS, COUNTS, SERVICES), tuple(rate_limits.objects(world, proxy))),
+    }
     for name, config, held in _configs(world, proxy):
         extension = protos.TypedExtensionConfig(name=name, typed_config=config)
         guard = _guard(name) if proxy.supports(Feature.FILTER_CHAIN) else None
-        yield Resource.of(extension, held=held, guard=guard), keys if name.startswith(API_KEYS) else others
+        yield Resource.of(extension, held=held, guard=guard), objects[name.partition("/")[0]]
 
 
 def only_takes_routes_away(
@@ -96,12 +102,11 @@ def services(world: World, proxy: Proxy) -> Iterator[ServiceDestination]:
     """Return the services that the policies have this proxy call."""
     yield from authorization.services(world, proxy)
     yield from authentication.services(world, proxy)
+    yield from rate_limits.services(world, proxy)
 
 
 def _configs(world: World, proxy: Proxy) -> Iterator[tuple[str, Any, bool]]:
     """Return the resources by name, and whether an Envoy that has another version keeps that."""
-    if proxy.type is not ProxyType.ROUTER:
-        return
     for name, made, is_held in _places(world, proxy):
         if proxy.supports(Feature.FILTER_CHAIN):
             yield name, protos.pack(_chain(made)), is_held
@@ -127,6 +132,15 @@ def _chain(filters: list[dict[str, Any]]) -> Message:
 
 
 def _places(world: World, proxy: Proxy) -> Iterator[_Place]:
+    if proxy.type is ProxyType.ROUTER:
+        yield from _places_of_gateway(world, proxy)
+    if proxy.supports(Feature.TOKEN_LIMITS):
+        yield _Place(RATE_LIMITS, rate_limits.filters(world, proxy))
+        yield _Place(COUNTS, rate_limits.counting_filters(world, proxy))
+        yield _Place(SERVICES, rate_limits.service_filters(world, proxy))
+
+
+def _places_of_gateway(world: World, proxy: Proxy) -> Iterator[_Place]:
     tokens = authentication.filters(world, proxy)
     keys = api_keys.filters(world, proxy, with_tokens=bool(tokens))
     yield _Place(API_KEYS, keys, api_keys.is_held(world, proxy))

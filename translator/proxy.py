@@ -30,7 +30,8 @@ class Proxy:
 
     ``bind_address`` is where its own listeners are opened, ``scripts`` maps the sha256 of a Lua script to
     the path of the file that holds it on Envoy's machine (laid down with the bootstrap). ``version`` is that
-    of an Envoy that lacks some feature, None for all others.
+    of an Envoy that lacks some feature, None for all others. ``captures`` says that its applications'
+    connections are handed to it, ``captures_dns`` that their DNS queries are; ``has_ipv6`` counts only then.
     """
 
     type: ProxyType
@@ -41,6 +42,9 @@ class Proxy:
     scripts: frozenset[tuple[str, str]] = frozenset()
     version: Version | None = None
     certificate: WorkloadCertificate | None = None
+    captures: bool = False
+    captures_dns: bool = False
+    has_ipv6: bool = False
 
     @classmethod
     def from_node(cls, node_id: str, metadata: Mapping[str, Any], version: str = "") -> Self:
@@ -79,6 +83,7 @@ class Proxy:
             scripts=_pairs(metadata.get("LUA_SCRIPTS")),
             version=read_version(version),
             certificate=_certificate(metadata),
+            **_capture(metadata) if kind == ProxyType.SIDECAR else {},
         )
 
     def supports(self, feature: Feature) -> bool:
@@ -92,6 +97,16 @@ class Proxy:
     def script(self, digest: str) -> str | None:
         """Path of a Lua script on this Envoy's machine, None where it is not there."""
         return dict(self.scripts).get(digest)
+
+
+def _capture(metadata: Mapping[str, Any]) -> dict[str, bool]:
+    if metadata.get("INTERCEPTION_MODE") != "REDIRECT":
+        return {}
+    return {
+        "captures": True,
+        "captures_dns": str(metadata.get("DNS_CAPTURE")).lower() == "true",
+        "has_ipv6": ":" in str(metadata.get("INSTANCE_IPS")),
+    }
 
 
 def _certificate(metadata: Mapping[str, Any]) -> WorkloadCertificate | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 from google.protobuf.message import Message
 
-from crds.llmprovider import LLMProvider
+from crds.llmprovider import MAX_REQUEST_BYTES, LLMProvider
 from crds.llmroute import LLMRoute
 from crds.problems import ObjectKey
 from translator.backends import Backend
@@ -24,7 +24,7 @@ from translator.gateways import Chain, intersection
 from translator.hosts import authority, domains, service_name
 from translator.memory import Memory
 from translator.proxy import Proxy
-from translator.rules import NOT_FORWARDED, Rules, Targets, applies, retry_policy, timeouts
+from translator.rules import NOT_FORWARDED, Rules, Targets, applies, body_limit, sending
 from translator.world import MESH, MeshSettings, World
 from xds import protos
 
@@ -298,14 +298,14 @@ class _Maker:
         target = Destination.of(provider)
         action = {
             "cluster": target.cluster_name,
-            **timeouts(None),
-            "retry_policy": retry_policy(None, []),
+            **sending(None, []),
         }
         route = protos.Route(
             name="default",
             match={"prefix": "/"},
             route=action,
             request_headers_to_remove=NOT_FORWARDED if self._removes else (),
+            **body_limit([provider]),
         )
         made = self._virtual_host(provider.spec.host, names.all, [route])
         return HostRoutes.of(made, names.main, (target,), (), (provider.key,), removes=self._removes)
@@ -343,7 +343,7 @@ class _Maker:
     def _virtual_host(
         self, name: str, names: Sequence[str], routes: Sequence[Message], **more: Any
     ) -> Message:
-        limit = {"value": self._world.mesh.max_request_bytes}
+        limit = {"value": MAX_REQUEST_BYTES}
         return protos.VirtualHost(
             name=name, domains=names, routes=routes, request_body_buffer_limit=limit, **more
         )

@@ -3,7 +3,7 @@
 Matches and precedence follow Istio's VirtualService (asm-and-istio.md 4.5); design decisions 9 to 13.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from google.protobuf.message import Message
 
-from crds.llmprovider import LLMProvider
+from crds.llmprovider import MAX_REQUEST_BYTES, LLMProvider
 from crds.llmroute import (
     MAX_TOTAL_WEIGHT,
     BackendObjectReference,
@@ -25,6 +25,7 @@ from crds.meta import StringMatch
 from translator.api_keys import CLIENT_HEADER
 from translator.backends import Backend, BackendNotFoundError, backend
 from translator.clusters import Destination
+from translator.errors import LIMIT_METADATA
 from translator.features import Feature
 from translator.hosts import authority, service_name
 from translator.proxy import Proxy
@@ -50,6 +51,12 @@ _FAILURE_STATUSES = (429, 500, 502, 503, 504)
 
 _LONGEST_RETRY_AFTER = timedelta(seconds=60)
 """A longer pause is not waited for: Envoy then retries as if none had been asked for."""
+
+ROUTE_METADATA = ("llm", "route")
+"""Namespace and key of a route's metadata that hold the namespace and name of its LLMRoute."""
+
+_BUFFER_SLACK = 64 * 1024
+"""Envoy refuses a body that just fits into its buffer, and rounds limits below 1 MiB up to it."""
 
 _FINEST = 1000
 """Into how many parts a group's requests can be split where priorities become weights."""
@@ -167,6 +174,7 @@ class _Maker:
         self.destinations: dict[Destination, None] = {}
         self.backends: dict[Backend, None] = {}
         self._route = route
+        self._full_name = f"{route.namespace}/{route.name}"
         self._targets = targets
         self._proxy = proxy
         self._cluster_domain = cluster_domain
@@ -179,17 +187,21 @@ class _Maker:
             if rule.matches and not matches:
                 continue
             action = self._action(rule)
+            limit = body_limit(self._providers(rule))
             removed = self._removes and any(ref.backend_ref is None for ref in rule.backend_refs)
             name = rule.name or f"rule-{index}"
             catch_all = False
             for match in matches or [LLMRequestMatch()]:
                 headers = [_header_matcher(header, value) for header, value in match.headers.items()]
-                yield protos.Route(
+                made = protos.Route(
                     name=name,
                     match={"prefix": "/", "headers": headers},
                     route=action,
                     request_headers_to_remove=NOT_FORWARDED if removed else (),
+                    **limit,
                 )
+                made.metadata.filter_metadata[ROUTE_METADATA[0]].update({ROUTE_METADATA[1]: self._full_name})
+                yield made
                 catch_all = catch_all or not headers
             if catch_all:
                 return
@@ -203,9 +215,9 @@ class _Maker:
             # With an order, a provider that is not there is one that fails: the next group takes its part.
             known = [[share for share in group if share.known] for group in groups]
             groups = [group for group in known if group] or groups[:1]
-        action = self._host(rule) | timeouts(rule)
+        host = self._host(rule)
         if not self._proxy.supports(Feature.FALLBACK):
-            return {**action, "retry_policy": retry_policy(rule, []), **_weighted(groups[0])}
+            return {**host, **sending(rule, []), **_weighted(groups[0])}
         if len(groups) == 1:
             chosen = _weighted(groups[0])
         elif self._proxy.supports(Feature.PRIORITY_GROUPS):
@@ -214,7 +226,13 @@ class _Maker:
             shares = _by_weight_alone(groups)
             chosen = _weighted(shares)
             groups = [[share] for share in shares]
-        return {**action, "retry_policy": retry_policy(rule, groups), **chosen}
+        return {**host, **sending(rule, groups), **chosen}
+
+    def _providers(self, rule: LLMRule) -> Iterator[LLMProvider]:
+        """Those that a rule leads to and that are there."""
+        for ref in rule.backend_refs:
+            if provider := self._targets.providers.get(str(ref.provider_host)):
+                yield provider
 
     def _share(self, rule: LLMRule, ref: LLMBackendRef, weight: int) -> _Share:
         """Refer to a destination; one that is not there is a cluster that is not there: 503 for its share."""
@@ -334,13 +352,55 @@ def _priority_groups(groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
     return {"extension": {"name": "priority_group", "typed_config": protos.pack(specifier)}}
 
 
-def timeouts(rule: LLMRule | None) -> dict[str, Any]:
-    """Return the timeouts of a route: none for a whole request unless the rule has one."""
+def sending(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
+    """Return how long a request may take, and when it is sent again: parts of a RouteAction.
+
+    ``groups`` are the destinations by priority. Without a rule, or without limits of its own, only a long
+    silence ends a request.
+
+    What ends attempts that are silent: per_try_timeout if nothing of the answer was passed on, after which
+    Envoy forgets per_try_idle_timeout (UpstreamRequest::onPerTryTimeout). So where the first is shorter, the
+    stream's own limit bounds the silence of the answer, and leaves time for as many attempts.
+    """
+    policy = _retry_policy(rule, groups)
     timeout = rule.timeout if rule and rule.timeout else timedelta()
-    return {"timeout": timeout, "idle_timeout": _IDLE_TIMEOUT}
+    first = rule and (rule.first_token_timeout or (rule.retries and rule.retries.per_try_timeout))
+    idle = rule and rule.stream_idle_timeout
+    stream_idle = _IDLE_TIMEOUT
+    if first and idle and first < idle:
+        policy["per_try_timeout"] = first
+        stream_idle = max(idle, first * _attempts(rule, groups))
+    elif idle:
+        policy["per_try_idle_timeout"] = idle
+        stream_idle = max(idle, _IDLE_TIMEOUT)
+    elif first:
+        policy["per_try_timeout"] = first
+    return {"timeout": timeout, "idle_timeout": stream_idle, "retry_policy": policy}
 
 
-def retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
+def _attempts(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> int:
+    """How many attempts may be silent, one after the other."""
+    if rule and rule.retries:
+        return 1 + rule.retries.attempts
+    return max(1, len(groups))
+
+
+def body_limit(providers: Iterable[LLMProvider]) -> dict[str, Any]:
+    """Bound what a route buffers of a request, where that is not what its virtual host says.
+
+    The largest of its providers' limits: each one's own is held by its script, to the byte.
+    """
+    largest = max((provider.spec.max_request_bytes for provider in providers), default=MAX_REQUEST_BYTES)
+    if largest == MAX_REQUEST_BYTES:
+        return {}
+    namespace, key = LIMIT_METADATA
+    return {
+        "request_body_buffer_limit": {"value": largest + _BUFFER_SLACK},
+        "metadata": {"filter_metadata": {namespace: protos.struct({key: str(largest)})}},
+    }
+
+
+def _retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:
     """Say what moves a request on to the next provider.
 
     Without ``retries`` and ``priority`` only what happened before the request was sent: a retry of anything
@@ -363,8 +423,6 @@ def retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> di
     }
     if not retries and not others:
         policy["retry_back_off"] = _CONNECT_BACK_OFF
-    if retries and retries.per_try_timeout:
-        policy["per_try_timeout"] = retries.per_try_timeout
     if retries and not others:
         # The only provider said when to come back; where there is another one, nobody waits.
         policy["rate_limited_retry_back_off"] = {

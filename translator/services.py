@@ -4,6 +4,7 @@ Their clusters have no LLM filters and no key; their names differ from those of 
 provider with the same host keeps its own.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -11,13 +12,12 @@ from typing import Any, Self
 from google.protobuf.message import Message
 
 from translator import secrets
-from translator.clusters import DNS, is_ip
-from translator.hosts import stat_name
+from translator.certificates import Certificates
+from translator.endpoints import cluster_of, is_ip
 from translator.world import MeshSettings
 from xds import protos
 
 _ADS = {"ads": {}, "resource_api_version": "V3"}
-_HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,40 +30,37 @@ class ServiceDestination:
     """Verified against the mesh's trust roots, by its host."""
     http2: bool = False
     """As gRPC needs."""
+    mutual: bool = False
+    """With the certificate of the proxy's workload, if it has one."""
 
     @classmethod
-    def of(cls, service: str, port: int, *, tls: bool = False, http2: bool = False) -> Self:
+    def of(
+        cls, service: str, port: int, *, tls: bool = False, http2: bool = False, mutual: bool = False
+    ) -> Self:
         """Read Istio's ``[<namespace>/]<host>`` of an extensionProvider (MeshConfig.ExtensionProvider)."""
-        return cls(service.rpartition("/")[2], port, tls=tls, http2=http2)
+        return cls(service.rpartition("/")[2], port, tls=tls, http2=http2, mutual=mutual)
 
     @property
     def cluster_name(self) -> str:
         """In the form of Istio's names, with what the service is spoken to by in front."""
-        scheme = ("grpc" if self.http2 else "http") + ("s" if self.tls else "")
+        scheme = ("grpc" if self.http2 else "http") + ("s" if self.tls else "") + ("-mutual" * self.mutual)
         return f"service|{self.port}|{scheme}|{self.host}"
 
 
-def service_cluster(service: ServiceDestination, mesh: MeshSettings) -> Message:
-    """Make the cluster of a service. A name that does not resolve delays no other cluster."""
-    host, port = mesh.connect_to.get((service.host, service.port), (service.host, service.port))
+def service_cluster(
+    service: ServiceDestination, mesh: MeshSettings, certificates: Certificates | None = None
+) -> Message:
+    """Make the cluster of a service. A name that does not resolve delays no other cluster.
+
+    ``certificates`` are the workload's, for a service that is ``mutual``.
+    """
+    address = service.host, service.port
     http: dict[str, Any] = {"http2_protocol_options": {}} if service.http2 else {"http_protocol_options": {}}
     options = protos.HttpProtocolOptions(explicit_http_config=http)
-    endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
-    made = protos.Cluster(
-        name=service.cluster_name,
-        alt_stat_name=stat_name(service.cluster_name),
-        cluster_type=None if is_ip(host) else DNS,
-        connect_timeout=mesh.config.connect_timeout,
-        wait_for_warm_on_init={"value": False},
-        load_assignment={
-            "cluster_name": service.cluster_name,
-            "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}],
-        },
-        upstream_connection_options={"tcp_keepalive": {"keepalive_time": {"value": 300}}},
-    )
-    made.typed_extension_protocol_options[_HTTP_PROTOCOL_OPTIONS].CopyFrom(protos.pack(options))
+    addresses = [mesh.connect_to.get(address, address)]
+    made: Any = cluster_of(service.cluster_name, addresses, mesh.config.connect_timeout, options)
     if service.tls:
-        made.transport_socket.CopyFrom(_tls(service.host))
+        made.transport_socket.CopyFrom(_tls(service.host, certificates.own if certificates else ()))
     return made
 
 
@@ -74,7 +71,7 @@ def http_uri(service: ServiceDestination, path: str, timeout: timedelta) -> Mess
     return protos.HttpUri(uri=uri, cluster=service.cluster_name, timeout=timeout)
 
 
-def _tls(host: str) -> Message:
+def _tls(host: str, own: Iterable[str]) -> Message:
     validation: dict[str, Any] = {}
     if is_ip(host):  # no SNI for addresses: the certificate must be for the address
         validation = {
@@ -85,7 +82,8 @@ def _tls(host: str) -> Message:
             "combined_validation_context": {
                 "default_validation_context": validation,
                 "validation_context_sds_secret_config": {"name": secrets.ROOT_CA, "sds_config": _ADS},
-            }
+            },
+            "tls_certificate_sds_secret_configs": [{"name": name, "sds_config": _ADS} for name in own],
         },
         sni="" if is_ip(host) else host,
         auto_sni_san_validation=not is_ip(host),

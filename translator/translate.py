@@ -1,12 +1,22 @@
 """(world, proxy) -> the resources of that proxy, and which object each comes from."""
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from crds.llmprovider import LLMProvider
 from crds.problems import ObjectKey
-from translator import lua, observability, policies, scopes, secrets, telemetry
+from translator import (
+    capture,
+    global_rate_limits,
+    lua,
+    observability,
+    policies,
+    rate_limits,
+    scopes,
+    secrets,
+    telemetry,
+)
 from translator.backends import backend_cluster
 from translator.certificates import workload_certificates
 from translator.clusters import Destination, cluster
@@ -94,7 +104,10 @@ class Translator:
         self._add_backends(found, world, proxy, tables)
         services = tuple(dict.fromkeys(_services(world, proxy)))
         for service in services:
-            found.add(Resource.of(service_cluster(service, world.mesh)))
+            certificates = workload_certificates(proxy) if service.mutual and proxy.certificate else None
+            found.add(Resource.of(service_cluster(service, world.mesh, certificates)))
+            for secret in certificates.resources if certificates else ():
+                found.add(secret)
         if parts or any(service.tls for service in services):
             found.add(secrets.root_ca(world))
         self._add_listeners(found, world, proxy, opened, tables)
@@ -171,15 +184,31 @@ class Translator:
             listener = sidecar_listener(world, proxy, scoped=bool(scoped))
             if listener is not None:
                 found.add(Resource.of(listener), *observability.objects(world, proxy))
+                self._add_policies(found, world, proxy)
+            if proxy.captures:
+                self._add_capture(found, world, proxy, tables)
+                self._add_policies(found, world, proxy)
         if opened:
-            for resource, objects in policies.resources(world, proxy):
-                found.add(resource, *objects)
+            self._add_policies(found, world, proxy)
         for each in opened:
             made = gateway_listener(world, proxy, each, scoped)
             found.add(Resource.of(made), *each.objects, *observability.objects(world, proxy))
             for chain in each.chains:
                 for secret in chain.certificates.resources if chain.certificates else ():
                     found.add(secret, chain.servers[0].gateway.key)
+
+    def _add_policies(self, found: Collection, world: World, proxy: Proxy) -> None:
+        for resource, objects in policies.resources(world, proxy):
+            found.add(resource, *objects)
+
+    def _add_capture(
+        self, found: Collection, world: World, proxy: Proxy, tables: Iterable[RouteTable]
+    ) -> None:
+        for made in capture.clusters():
+            found.add(Resource.of(made))
+        for table in tables:
+            for made in capture.listeners(world, proxy, table):
+                found.add(Resource.of(made), *observability.objects(world, proxy))
 
     def _tables(
         self, world: World, proxy: Proxy, opened: Iterable[GatewayListener]
@@ -200,6 +229,8 @@ class Translator:
             yield scopes.one_configuration(table, self._memory)
         if scopes.needs_scopes(table) or (proxy, table.name) in self._scoped:
             yield from scopes.scoped_routes(table, self._memory)
+        if proxy.captures:
+            yield from capture.routes(table, self._memory)
 
     def _cluster(self, world: World, target: Destination, proxy: Proxy, *, has_certificate: bool) -> Resource:
         def make() -> Resource:
@@ -232,6 +263,10 @@ def _missing(
         return
     if not proxy.supports(Feature.METRICS) and telemetry.metrics(world, proxy) is not None:
         yield None, [Feature.METRICS]
+    if not proxy.supports(Feature.TOKEN_LIMITS):
+        newest = replace(proxy, version=None)
+        for key in rate_limits.objects(world, newest):
+            yield key, [Feature.TOKEN_LIMITS]
     if proxy.supports(Feature.FALLBACK):
         return
     served = {key for table in tables for host in table.hosts for key in host.objects}
@@ -255,6 +290,7 @@ def _uncertified(world: World, proxy: Proxy, merged: Merged) -> Iterator[ObjectK
     for route in (*world.routes_for(proxy), *attached):
         if route.has_backends and leads_to_mutual_tls(world, route):
             yield route.key
+    yield from global_rate_limits.mutual(world, rate_limits.policies(world, proxy))
 
 
 def _client_certificate(world: World, provider: LLMProvider) -> Resource | None:

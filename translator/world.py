@@ -14,6 +14,7 @@ from crds.core import Secret, Service
 from crds.gateway import Gateway
 from crds.llmprovider import LLMProvider
 from crds.llmroute import LLMRoute
+from crds.llmtokenratelimit import LLMTokenRateLimit
 from crds.meshconfig import MeshConfig
 from crds.meta import BaseObject
 from crds.problems import ObjectKey
@@ -47,7 +48,7 @@ class MeshSettings:
 
     ``config`` is what users write, ``trusted_ca`` the PEM bundle that providers' certificates are checked
     against; ``connect_to`` maps (host, port) to the (address, port) to connect to instead, as curl's option
-    of that name does; ``max_request_bytes`` bounds the body of an LLM request.
+    of that name does.
     """
 
     config: MeshConfig = field(default_factory=MeshConfig)
@@ -56,7 +57,6 @@ class MeshSettings:
     connect_to: Mapping[tuple[str, int], tuple[str, int]] = field(
         default_factory=lambda: MappingProxyType({})
     )
-    max_request_bytes: int = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class World:
     authorization_policies: Mapping[str, tuple[AuthorizationPolicy, ...]] = field(default_factory=dict)
     request_authentications: Mapping[str, tuple[RequestAuthentication, ...]] = field(default_factory=dict)
     api_key_authentications: Mapping[str, tuple[APIKeyAuthentication, ...]] = field(default_factory=dict)
+    token_rate_limits: Mapping[str, tuple[LLMTokenRateLimit, ...]] = field(default_factory=dict)
     telemetries: Mapping[str, tuple[Telemetry, ...]] = field(default_factory=dict)
     unreadable: tuple[UnreadablePolicy, ...] = ()
     """Security policies that cannot be read, and deny all to those they are for."""
@@ -112,6 +113,7 @@ class World:
             authorization_policies=by_namespace(AuthorizationPolicy),
             request_authentications=by_namespace(RequestAuthentication),
             api_key_authentications=by_namespace(APIKeyAuthentication),
+            token_rate_limits=by_namespace(LLMTokenRateLimit),
             telemetries=by_namespace(Telemetry),
             unreadable=tuple(unreadable),
             secrets=by_key(Secret),

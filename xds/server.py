@@ -105,6 +105,14 @@ class Unauthenticated(NodeRejected):
         self.status = grpc.StatusCode.UNAUTHENTICATED
 
 
+class AuthenticationUnavailable(NodeRejected):
+    """Raised by `Authenticator.authenticate` while it cannot tell who a peer is; that may come again."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.status = grpc.StatusCode.UNAVAILABLE
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """Who opened a stream, as far as its connection tells; the names are of its verified certificate."""
@@ -119,8 +127,16 @@ class Peer:
 class Authenticator(Protocol):
     """Decides who a peer is: for each stream at its first request, and whenever that may have changed."""
 
-    async def authenticate(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> object:
-        """Return the identity for `SnapshotSource.group`. Raises NodeRejected; `metadata` is secret."""
+    async def authenticate(
+        self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node, known: object = None
+    ) -> object:
+        """Return the identity for `SnapshotSource.group`. Raises NodeRejected; `metadata` is secret.
+
+        `known` is the identity of a stream that was let in before and is looked at again.
+        """
+
+    def left(self, identity: object) -> None:
+        """Take notice that a stream with this identity ended, or did not begin."""
 
     def revision(self) -> object:
         """Return what is different as soon as `authenticate` may decide differently; asked every second."""
@@ -300,15 +316,25 @@ class ManagementServer:
         """Return which `authenticate` is asked now."""
         return self._authenticator and self._authenticator.revision()
 
-    async def admit(self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node) -> Hashable:
-        """Return the group of a peer. Raises NodeRejected."""
-        identity = None
-        if self._authenticator is not None:
-            identity = await self._authenticator.authenticate(peer, metadata, node)
+    async def authenticate(
+        self, peer: Peer, metadata: Mapping[str, str | bytes], node: Node, known: object = None
+    ) -> object:
+        """Return who a peer is. Raises NodeRejected."""
+        if self._authenticator is None:
+            return None
+        return await self._authenticator.authenticate(peer, metadata, node, known)
+
+    def group(self, node: Node, identity: object) -> Hashable:
+        """Return the group of a proxy. Raises NodeRejected."""
         return self._source.group(node, identity)
 
-    def join(self, connection: "_Connection", key: Hashable) -> Group:
-        """Put a stream into a group."""
+    def join(self, connection: "_Connection", node: Node, identity: object) -> Group:
+        """Put a stream into its group. Raises NodeRejected."""
+        try:
+            key = self.group(node, identity)
+        except BaseException:
+            self._left(identity)
+            raise
         group = self._groups.get(key)
         if group is None:
             group = Group(
@@ -330,7 +356,12 @@ class ManagementServer:
         """Take a stream out of its group."""
         group.wakers.discard(connection.begin)
         self._connections.discard(connection)
+        self._left(connection.identity)
         self.changed()
+
+    def _left(self, identity: object) -> None:
+        if self._authenticator is not None:
+            self._authenticator.left(identity)
 
 
 class _Connection:
@@ -363,6 +394,8 @@ class _Connection:
         self._metadata = dict(context.invocation_metadata() or ())
         self.revision: object = None
         """Of the credentials by which it was let in."""
+        self.identity: object = None
+        """What the authenticator made of it."""
         self._closed: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
         self._since = time.time()
         self._node: Node
@@ -388,7 +421,10 @@ class _Connection:
         """End the stream if its peer may not have it any more, or should have something else."""
         self.revision = self._server.revision()
         try:
-            key = await self._server.admit(self._who, self._metadata, self._node)
+            identity = await self._server.authenticate(self._who, self._metadata, self._node, self.identity)
+            key = self._server.group(self._node, identity)
+        except AuthenticationUnavailable as unavailable:
+            log.warning("proxy cannot be checked again", node=self._node.id, reason=str(unavailable))
         except NodeRejected as rejected:
             log.warning("proxy is cut off", node=self._node.id, peer=self._peer, reason=str(rejected))
             self.close(_Closed(rejected.status, str(rejected)))
@@ -406,7 +442,8 @@ class _Connection:
         self._node = _node(request)
         try:
             self.revision = self._server.revision()
-            group = self._server.join(self, await self._server.admit(self._who, self._metadata, self._node))
+            self.identity = await self._server.authenticate(self._who, self._metadata, self._node)
+            group = self._server.join(self, self._node, self.identity)
         except NodeRejected as rejected:
             log.warning("proxy rejected", node=self._node.id, peer=self._peer, reason=str(rejected))
             raise _Closed(rejected.status, str(rejected)) from None

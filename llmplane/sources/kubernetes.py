@@ -119,9 +119,9 @@ class KubernetesSource:
             await _end(stopped, *self._tasks.values())
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the objects of our own kinds, valid or not, as the API server has them."""
-        for kind in kinds.OWN:
-            yield from self._kinds[kind.__name__].items.values()
+        """Yield the objects of all kinds that have a status, valid or not, as the API server has them."""
+        for reflector in self._kinds.values():
+            yield from reflector.items.values()
 
     def _reflector(self, kind: str, paths: tuple[str, ...]) -> Reflector[Entry]:
         def read(document: Mapping[str, Any], known: Entry | None) -> Entry | None:
@@ -194,6 +194,7 @@ class KubernetesSource:
             known.status = status  # of no interest for anybody but the one who writes it
             return known
         item, problems = load_object(content)
+        problems += tuple(readable_keys(item))
         is_closed = item is None and kind in SECURITY_KINDS
         return Entry(
             key,
@@ -336,6 +337,20 @@ def _referred_secrets(item: BaseObject | None) -> frozenset[ObjectKey]:
         if item
         else frozenset()
     )
+
+
+def readable_keys(item: BaseObject | None) -> Iterator[Problem]:
+    """Warn of keys in objects: those who may read objects are more than those who may read Secrets."""
+    if not isinstance(item, LLMProvider):
+        return
+    for rule in (None, *item.spec.route_names):
+        config = item.spec.config_for(rule)
+        if config.api_key is not None and config.placeholder is None:
+            place = f"routeSpecificConfigs.{rule}" if rule else "defaultConfig"
+            text = "whoever may read this object has the key: put it into a Secret (apiKeySecretRef)"
+            field_name = f"spec.configs.{place}.openAIConfig.apiKey"
+            yield Problem(Severity.WARNING, "", 0, *item.key, field_name, text)
+            return
 
 
 def _credentials(item: BaseObject) -> set[str]:

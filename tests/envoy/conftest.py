@@ -119,6 +119,7 @@ def running_lab(
     labels: Mapping[str, str] | None = None,
     proxy_options: Sequence[str] = (),
     envoy_options: Sequence[str] = (),
+    concurrency: int = 1,
 ) -> Iterator[Lab]:
     """Run a lab of one's own; `options` and `environment` are the control plane's."""
     authority = CertificateAuthority.create()
@@ -137,6 +138,7 @@ def running_lab(
                 proxy_options=proxy_options,
                 envoy_options=envoy_options,
                 bind_address=own_address(),
+                concurrency=concurrency,
             )
             with mesh:
                 yield Lab(mesh, fake, ProxyClient(mesh.bind_address), authority)

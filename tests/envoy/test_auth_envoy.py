@@ -239,12 +239,13 @@ def test_a_printed_bootstrap_has_its_credentials_too(secure_lab: SecureLab, tmp_
 
 
 COMBINATIONS = [
-    (ca, pair, token) for ca, pair, token in itertools.product((False, True), repeat=3) if ca or not pair
+    ("localhost", ca, pair, token)
+    for ca, pair, token in itertools.product((False, True), repeat=3)
+    if ca or not pair
 ]
 
 
-@pytest.mark.parametrize(("ca", "pair", "token"), COMBINATIONS)
-@pytest.mark.parametrize("host", ["localhost", "[::1]"])
+@pytest.mark.parametrize(("host", "ca", "pair", "token"), [*COMBINATIONS, ("[::1]", True, True, True)])
 def test_envoy_accepts_each_bootstrap(
     tmp_path: Path, host: str, *, ca: bool, pair: bool, token: bool
 ) -> None:

@@ -21,7 +21,7 @@ from llmplane.fakellm import Fault
 from llmplane.local import end, free_port
 from llmplane.prices import prometheus_rules, read_prices
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab, running_lab
-from tests.support.objects import provider, route
+from tests.support.objects import provider, rate_limit, route
 from tests.support.wait import eventually
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -131,7 +131,7 @@ def configure(lab: Lab) -> None:
             MOONSHOT,
             KEYS[MOONSHOT],
             "moonshot-v1-8k",
-            outlierDetection={"consecutive5xxErrors": 1},
+            trafficPolicy={"outlierDetection": {"consecutive5xxErrors": 1}},
         ),
         provider("openai", OPENAI, KEYS[OPENAI], "gpt-4o"),
         provider("unreachable", UNREACHABLE, "sk-none", "some-model"),
@@ -140,7 +140,16 @@ def configure(lab: Lab) -> None:
             "chat",
             {"backendRefs": [{"providerHost": MOONSHOT}, {"providerHost": DASHSCOPE, "priority": 1}]},
         ),
+        token_limit("users", "greedy"),
+        token_limit("trial", "curious", shadow=True),
     )
+
+
+def token_limit(name: str, user: str, **spec: Any) -> str:
+    """Return a policy that leaves one user nearly nothing."""
+    few, many = ([{"tokens": tokens, "unit": "Hour"}] for tokens in (1, 10**9))
+    rules = [{"match": [{"exact": user}], "limits": few}, {"limits": many}]
+    return rate_limit(name, keys=[{"header": "x-user"}], rules=rules, **spec)
 
 
 def traffic(lab: Lab) -> None:
@@ -148,6 +157,9 @@ def traffic(lab: Lab) -> None:
     lab.fake.set_fault(DASHSCOPE, Fault(cached_tokens=2, reasoning_tokens=5))
     assert lab.client.request(DASHSCOPE).status == 200
     assert lab.client.request(DASHSCOPE, STREAM).status == 200
+    for user in ("greedy", "curious"):
+        for _ in range(2):
+            lab.client.request(DASHSCOPE, headers={"x-user": user})
     lab.fake.set_fault(DASHSCOPE, Fault(no_usage=True))
     assert lab.client.request(DASHSCOPE).status == 200
     lab.fake.set_fault(DASHSCOPE, None)

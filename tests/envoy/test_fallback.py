@@ -141,8 +141,8 @@ def test_a_name_that_does_not_resolve(lab: Lab, dns: DnsServer, addresses: list[
 def test_a_name_that_does_not_resolve_and_has_outlier_detection(lab: Lab, dns: DnsServer) -> None:
     """However often it failed: the guard that makes the fallback possible is never ejected itself."""
     dns.records = {}
-    outlier = {"consecutive5xxErrors": 1}
-    first_a_then_b(lab, a=llm(A, endpoints=[{"address": "a-nowhere.test"}], outlierDetection=outlier))
+    outlier = {"outlierDetection": {"consecutive5xxErrors": 1}}
+    first_a_then_b(lab, a=llm(A, endpoints=[{"address": "a-nowhere.test"}], trafficPolicy=outlier))
     for _ in range(5):
         assert_answered_by(lab, B)
     assert "failed_outlier_check" not in lab.envoy_admin("/clusters")
@@ -158,8 +158,8 @@ def test_a_name_with_ipv6_addresses_is_reached_by_ipv4(lab: Lab, dns: DnsServer)
 @FALLBACK
 def test_a_provider_that_is_ejected(lab: Lab) -> None:
     """After two failures in a row it is not asked any more, whatever becomes of the guard beside it."""
-    outlier = {"consecutive5xxErrors": 2, "baseEjectionTime": "300s"}
-    first_a_then_b(lab, Fault(status=500), a=llm(A, outlierDetection=outlier))
+    outlier = {"outlierDetection": {"consecutive5xxErrors": 2, "baseEjectionTime": "300s"}}
+    first_a_then_b(lab, Fault(status=500), a=llm(A, trafficPolicy=outlier))
     for _ in range(2):
         assert_answered_by(lab, B, after=(A,))
     lab.mesh._wait("Envoy ejected it", lambda: "failed_outlier_check" in lab.envoy_admin("/clusters"))

@@ -218,6 +218,18 @@ def test_a_fallback_is_counted(lab: Lab) -> None:
     assert growth.of("llmplane_requests_total", response_code="200", **labels) == 1
 
 
+def test_what_there_is_not_is_unknown(lab: Lab) -> None:
+    """A request that no provider got has no model and no operation."""
+    lab.apply(QWEN)
+    growth = Growth(lab)
+    lab.client.request("nowhere.example.com")
+    labels = {"destination_service": "unknown", "response_code": "404", "response_flags": "NR"}
+    llm = {"model": "unknown", "operation": "", "source_workload": "sleep"}
+    eventually(lambda: growth.of("llmplane_requests_total", **labels, **llm) == 1)
+    istio = {"destination_service_name": "unknown", "source_version": "", "grpc_response_status": ""}
+    assert growth.of("istio_requests_total", **labels, **istio) == 1
+
+
 def test_errors_by_provider(lab: Lab) -> None:
     lab.apply(QWEN)
     lab.fake.set_fault(DASHSCOPE, Fault(status=429))
@@ -356,12 +368,26 @@ def test_names_are_found_wherever_a_page_is_cut(size: int) -> None:
         "envoy_x 2",
     ]
     lines += ['envoy_llmx_h_bucket{le="0.10000000000000000555"} 3', 'envoy_llmx_h_bucket{le="+Inf"} 3']
+    expected = [
+        re.sub("^(# TYPE )?envoy_llmx_", r"\1", line).replace("0.10000000000000000555", "0.1")
+        for line in lines
+    ]
+    lines += ['envoy_llmx_p{llmx_a="a=1\x1fb?=\x1fc=\x1fg@=a\x1f",d="e",llmx_f="f?=\\"=,\x1f"} 4']
+    expected += ['p{a="1",b="unknown",c="",g="1",d="e",f="\\"=,"} 4']
+    lines += [
+        "# TYPE envoy_llmx_t_seconds__ms histogram",
+        'envoy_llmx_t_seconds__ms_bucket{a="b",le="2500"} 5',
+    ]
+    expected += ["# TYPE t_seconds histogram", 't_seconds_bucket{a="b",le="2.5"} 5']
+    lines += ['envoy_llmx_t_seconds__ms_bucket{le="+Inf"} 6', "envoy_llmx_t_seconds__ms_sum{} 1234.5"]
+    expected += ['t_seconds_bucket{le="+Inf"} 6', "t_seconds_sum{} 1.2345"]
+    lines += ['envoy_llmx_t_seconds__ms_count{a="t__ms_sum{} 1"} 7']
+    expected += ['t_seconds_count{a="t__ms_sum{} 1"} 7']
     text = "\n".join(lines * 3)
-    expected = re.sub(r"(?m)^(# TYPE )?envoy_llmx_", r"\1", text).replace("0.10000000000000000555", "0.1")
     with cut_page(text.encode(), size) as port, running_envoy(stats_door(port)) as envoy:
         connection = HTTPConnection("127.0.0.1", envoy.port("stats"))
         connection.request("GET", "/stats/prometheus")
-        assert connection.getresponse().read().decode() == expected
+        assert connection.getresponse().read().decode() == "\n".join(expected * 3)
         connection.close()
 
 

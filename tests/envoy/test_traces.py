@@ -41,6 +41,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     for port in (collector.grpc_port, collector.http_port):
         options += ["--connect-to", f"collector.example.com:{port}:127.0.0.1:{port}"]
     with running_lab(options=options) as lab:
+        lab.envoy_admin("/runtime_modify?tracing.opentelemetry.flush_interval_ms=100", method="POST")
         yield lab
 
 

@@ -1,8 +1,8 @@
 """Objects in, Envoy configuration out: each case is a file of objects and, beside it, what a sidecar gets.
 
-`cases/NAME.yaml` may begin with `# proxy: [gateway] namespace=NS k=v ...` for a gateway, another namespace or
-labels, and have a line `# mesh: {...}` with a mesh configuration in JSON. A stock Envoy accepts every golden
-file.
+`cases/NAME.yaml` may begin with `# proxy: [gateway] [capture] namespace=NS k=v ...` for a gateway, a sidecar
+that captures connections and DNS queries, another namespace or labels, and have a line `# mesh: {...}` with
+a mesh configuration in JSON. A stock Envoy accepts every golden file.
 """
 
 import json
@@ -43,12 +43,23 @@ def proxy_of(case: Path) -> Proxy:
     first = case.read_text(encoding="utf-8").splitlines()[0]
     words = first.removeprefix("# proxy:").split() if first.startswith("# proxy:") else []
     kind = ProxyType.ROUTER if "gateway" in words else ProxyType.SIDECAR
-    labels = dict(word.split("=", 1) for word in words if word != "gateway")
+    captures = "capture" in words
+    labels = dict(word.split("=", 1) for word in words if "=" in word)
     namespace = labels.pop("namespace", "default")
     scripts = frozenset({(lua.SCRIPT_SHA256, SCRIPT)})
     workload = "sleep" if kind is ProxyType.SIDECAR else "gateway"
     found = frozenset(labels.items())
-    return Proxy(kind, namespace, workload, found, scripts=scripts, certificate=CERTIFICATE)
+    return Proxy(
+        kind,
+        namespace,
+        workload,
+        found,
+        scripts=scripts,
+        certificate=CERTIFICATE,
+        captures=captures,
+        captures_dns=captures,
+        has_ipv6=captures,
+    )
 
 
 def mesh_of(case: Path) -> MeshSettings:

@@ -29,6 +29,12 @@ class KubeLab:
     fake: FakeLLM
     client: ProxyClient
 
+    def credentials(self, namespace: str, pod: str, **labels: str) -> list[str]:
+        """Make a Pod; return the options by which a proxy proves to be its."""
+        file = self.mesh.directory / f"token-of-{pod}"
+        file.write_text(self.cluster.run_pod(namespace, pod, **labels))
+        return ["--xds-token-file", str(file)]
+
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
         """Run kubectl in the namespace of the sidecar."""
         return self.cluster.kubectl("-n", self.namespace, *arguments, text=text)
@@ -69,9 +75,14 @@ class KubeLab:
 
 @contextmanager
 def running_kube_lab(
-    cluster: ApiServer, namespace: str, *, kubeconfig: Path | None = None, serve_options: Sequence[str] = ()
+    cluster: ApiServer,
+    namespace: str,
+    *,
+    pod: str = "sleep",
+    kubeconfig: Path | None = None,
+    serve_options: Sequence[str] = (),
 ) -> Iterator[KubeLab]:
-    """Run `llmplane serve --kubernetes` and a sidecar of a workload `sleep`."""
+    """Run `llmplane serve --kubernetes` and a sidecar, that of a Pod with the label `app`."""
     authority = CertificateAuthority.create()
     fake = FakeLLM({host: Host(key) for host, key in KEYS.items()}, ca=authority)
     directory = Path(tempfile.mkdtemp(prefix="lab-"))
@@ -80,12 +91,15 @@ def running_kube_lab(
         with running_in_thread(fake):
             for host in fake.hosts:
                 serve += ["--connect-to", f"{host}:443:{fake.address}"]
+            token = directory / "token"
+            token.write_text(cluster.run_pod(namespace, pod, app=pod))
             mesh = LocalMesh(
                 directory,
                 source=["--kubernetes"],
                 serve_options=serve,
                 environment={"KUBECONFIG": str(kubeconfig or cluster.kubeconfig)},
                 namespace=namespace,
+                proxy_options=["--xds-token-file", str(token)],
                 bind_address=own_address(),
             )
             with mesh:

@@ -12,6 +12,8 @@ LLM = "istio.alibabacloud.com/v1beta1"
 PROVIDER = {"host": "a.example.com", "path": "/v1/chat/completions"}
 REF = {"providerHost": "a.b"}
 KEYS = {"credentialRefs": [{"name": "clients"}]}
+MINUTE = {"tokens": 1000, "unit": "Minute"}
+LIMITS = {"rules": [{"limits": [MINUTE]}]}
 PORT = {"number": 80, "name": "http", "protocol": "HTTP"}
 
 
@@ -36,7 +38,11 @@ def operation(**members: object) -> dict[str, Any]:
 
 
 def outliers(**members: object) -> dict[str, Any]:
-    return {**PROVIDER, "outlierDetection": members}
+    return {**PROVIDER, "trafficPolicy": {"outlierDetection": members}}
+
+
+def pool(**members: object) -> dict[str, Any]:
+    return {**PROVIDER, "trafficPolicy": {"connectionPool": members}}
 
 
 def refs(*members: dict[str, object]) -> dict[str, Any]:
@@ -61,6 +67,18 @@ def server(**members: object) -> dict[str, Any]:
 
 def source(**members: object) -> dict[str, Any]:
     return {"rules": [{"from": [{"source": members}]}]}
+
+
+def limits(**members: object) -> dict[str, Any]:
+    return {"rules": [{"limits": [{**MINUTE, **members}]}]}
+
+
+def limited_by(*keys: object) -> dict[str, Any]:
+    return {**LIMITS, "keys": list(keys)}
+
+
+def limited_for(**target: object) -> dict[str, Any]:
+    return {**LIMITS, "targetRefs": [{"name": "a", **target}]}
 
 
 def jwt(**members: object) -> dict[str, Any]:
@@ -163,6 +181,49 @@ RULES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         outliers(consecutive5xxErrors=0),
         outliers(consecutive5xxErrors=-1),
     ),
+    ("LLMProvider", "outlierDetection.count429", outliers(count429=False), outliers(count429="false")),
+    (
+        "LLMProvider",
+        "connectionPool.tcp.maxConnections",
+        pool(tcp={"maxConnections": 1}),
+        pool(tcp={"maxConnections": 0}),
+    ),
+    (
+        "LLMProvider",
+        "connectionPool.tcp.connectTimeout",
+        pool(tcp={"connectTimeout": "3s"}),
+        pool(tcp={"connectTimeout": 3}),
+    ),
+    (
+        "LLMProvider",
+        "connectionPool.http.http1MaxPendingRequests",
+        pool(http={"http1MaxPendingRequests": 1}),
+        pool(http={"http1MaxPendingRequests": 0}),
+    ),
+    (
+        "LLMProvider",
+        "connectionPool.http.http2MaxRequests",
+        pool(http={"http2MaxRequests": 2**31 - 1}),
+        pool(http={"http2MaxRequests": 2**31}),
+    ),
+    (
+        "LLMProvider",
+        "connectionPool.http.maxRetries",
+        pool(http={"maxRetries": 1}),
+        pool(http={"maxRetries": -1}),
+    ),
+    (
+        "LLMProvider",
+        "connectionPool.http.idleTimeout",
+        pool(http={"idleTimeout": "1m"}),
+        pool(http={"idleTimeout": "never"}),
+    ),
+    (
+        "LLMProvider",
+        "maxRequestBytes",
+        PROVIDER | {"maxRequestBytes": 1},
+        PROVIDER | {"maxRequestBytes": 0},
+    ),
     ("LLMRoute", "host is required", refs(REF), {"rules": [{"backendRefs": [REF]}]}),
     ("LLMRoute", "host: wildcards", refs(REF) | {"host": "*.a"}, refs(REF) | {"host": "a*"}),
     ("LLMRoute", "rules are required", refs(REF), {"host": "a.b"}),
@@ -194,6 +255,14 @@ RULES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         retries(attempts=1, perTryTimeout="250ms"),
         retries(attempts=1, perTryTimeout="a"),
     ),
+    ("LLMRoute", "firstTokenTimeout", rule(firstTokenTimeout="20s"), rule(firstTokenTimeout="soon")),
+    (
+        "LLMRoute",
+        "firstTokenTimeout or retries.perTryTimeout",
+        rule(firstTokenTimeout="20s", retries={"attempts": 1}),
+        rule(firstTokenTimeout="20s", retries={"attempts": 1, "perTryTimeout": "20s"}),
+    ),
+    ("LLMRoute", "streamIdleTimeout", rule(streamIdleTimeout="1m"), rule(streamIdleTimeout="1 minute")),
     ("LLMRoute", "gateways", rule() | {"gateways": ["./a", "b/c"]}, rule() | {"gateways": ["a/b/c"]}),
     ("LLMRoute", "headers", match(headers={"a": {}}), match(headers={"a": "b"})),
     (
@@ -203,6 +272,83 @@ RULES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         match(headers={"a": {"exact": "b", "prefix": "c"}}),
     ),
     ("LLMRoute", "sourceLabels", match(sourceLabels={"app": "a"}), match(sourceLabels={"app": 1})),
+    ("LLMTokenRateLimit", "rules are required", LIMITS, {}),
+    ("LLMTokenRateLimit", "rules: one at least", LIMITS, {"rules": []}),
+    ("LLMTokenRateLimit", "limits: one at least", LIMITS, {"rules": [{"limits": []}]}),
+    ("LLMTokenRateLimit", "tokens: from 1", limits(tokens=1), limits(tokens=0)),
+    ("LLMTokenRateLimit", "tokens: 32 bits", limits(tokens=2**32 - 2), limits(tokens=2**32 - 1)),
+    ("LLMTokenRateLimit", "unit", limits(unit="Hour"), limits(unit="hour")),
+    ("LLMTokenRateLimit", "type", limits(type="Prompt"), limits(type="All")),
+    ("LLMTokenRateLimit", "keys: what", limited_by({"header": "x-user"}), limited_by({})),
+    (
+        "LLMTokenRateLimit",
+        "keys: one thing",
+        limited_by({"claim": "sub"}),
+        limited_by({"claim": "sub", "header": "x-user"}),
+    ),
+    (
+        "LLMTokenRateLimit",
+        "keys: attribute",
+        limited_by({"attribute": "Client"}),
+        limited_by({"attribute": "Colour"}),
+    ),
+    (
+        "LLMTokenRateLimit",
+        "match: one for each key",
+        limited_by({"header": "a"}) | {"rules": [{"match": [{}], "limits": [MINUTE]}, {"limits": [MINUTE]}]},
+        limited_by({"header": "a"})
+        | {"rules": [{"match": [{}, {}], "limits": [MINUTE]}, {"limits": [MINUTE]}]},
+    ),
+    (
+        "LLMTokenRateLimit",
+        "the last rule has no match",
+        limited_by({"header": "a"}),
+        limited_by({"header": "a"}) | {"rules": [{"match": [{"exact": "b"}], "limits": [MINUTE]}]},
+    ),
+    (
+        "LLMTokenRateLimit",
+        "only the last rule has no match",
+        LIMITS,
+        {"rules": [{"limits": [MINUTE]}, {"limits": [MINUTE]}]},
+    ),
+    (
+        "LLMTokenRateLimit",
+        "local.longWindows",
+        limits(unit="Day") | {"local": {"longWindows": True}},
+        limits(unit="Day") | {"local": {"longWindows": False}},
+    ),
+    (
+        "LLMTokenRateLimit",
+        "provider for mode Global",
+        limits(unit="Month") | {"mode": "Global", "provider": {"name": "a"}},
+        limits(unit="Month") | {"mode": "Global"},
+    ),
+    ("LLMTokenRateLimit", "mode", LIMITS | {"mode": "Local"}, LIMITS | {"mode": "Regional"}),
+    ("LLMTokenRateLimit", "targetRefs.kind", limited_for(kind="LLMRoute"), limited_for(kind="Service")),
+    (
+        "LLMTokenRateLimit",
+        "targetRefs.sectionName",
+        limited_for(kind="LLMRoute", sectionName="vip"),
+        limited_for(kind="LLMProvider", sectionName="vip"),
+    ),
+    (
+        "LLMTokenRateLimit",
+        "selector or targetRefs",
+        LIMITS | {"selector": {"matchLabels": {"a": "b"}}},
+        limited_for(kind="LLMRoute") | {"selector": {"matchLabels": {"a": "b"}}},
+    ),
+    (
+        "LLMTokenRateLimit",
+        "maxKeys",
+        LIMITS | {"local": {"maxKeys": 1}},
+        LIMITS | {"local": {"maxKeys": 0}},
+    ),
+    (
+        "LLMTokenRateLimit",
+        "reservation.bytesPerToken",
+        LIMITS | {"reservation": {"bytesPerToken": 1}},
+        LIMITS | {"reservation": {"bytesPerToken": 0}},
+    ),
     ("APIKeyAuthentication", "credentialRefs are required", KEYS, {}),
     ("APIKeyAuthentication", "credentialRefs: one at least", KEYS, {"credentialRefs": []}),
     ("APIKeyAuthentication", "credentialRefs.name", KEYS, {"credentialRefs": [{"name": "A"}]}),

@@ -58,8 +58,8 @@ def asking(port: int) -> dict[str, Any]:
 
 
 @contextmanager
-def running_dns_server() -> Iterator[DnsServer]:
-    """Run a server on a free port of 127.0.0.1 until the end of the block."""
+def running_dns_server(address: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[DnsServer]:
+    """Run a server until the end of the block, by default on a free port of 127.0.0.1."""
     state = DnsServer()
 
     class Handler(socketserver.BaseRequestHandler):
@@ -68,5 +68,5 @@ def running_dns_server() -> Iterator[DnsServer]:
             time.sleep(state.delay)
             socket.sendto(state.answer(query), self.client_address)
 
-    with serving_udp(Handler) as state.port:
+    with serving_udp(Handler, address) as state.port:
         yield state

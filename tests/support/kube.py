@@ -105,7 +105,7 @@ class ApiServer:
 
     def write_kubeconfig(self, file: Path, token: str, namespace: str = "default") -> Path:
         """Write a configuration for kubectl, for the one whom a token is of."""
-        cluster = {"server": self.url, "certificate-authority": str(self._ca)}
+        cluster = {"server": self.url, "certificate-authority": str(self.ca)}
         config = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -147,13 +147,35 @@ class ApiServer:
         found: dict[str, Any] = json.loads(self.kubectl("get", *arguments, "-o", "json"))
         return found
 
+    def run_pod(self, namespace: str, name: str, **labels: str) -> str:
+        """Make a Pod and its ServiceAccount; return the token that a kubelet would mount into it.
+
+        There is no kubelet: what it would run, the test runs.
+        """
+        self.apply(
+            f"apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: {namespace}}}",
+            f"apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, "
+            f"labels: {json.dumps(labels)}}}\n"
+            f"spec: {{serviceAccountName: {name}, containers: [{{name: main, image: none}}]}}\n",
+        )
+        return self.pod_token(namespace, name)
+
+    def pod_token(self, namespace: str, name: str, audience: str = "llmplane") -> str:
+        """Return a token of a Pod."""
+        uid = self.get("pod", name, "-n", namespace)["metadata"]["uid"]
+        bound = ("--bound-object-kind=Pod", f"--bound-object-name={name}", f"--bound-object-uid={uid}")
+        return self.kubectl(
+            "-n", namespace, "create", "token", name, f"--audience={audience}", *bound
+        ).strip()
+
     @property
-    def _ca(self) -> Path:
+    def ca(self) -> Path:
+        """The certificate of the API server."""
         return self.directory / "certificates" / "apiserver.crt"
 
     def _is_ready(self) -> bool:
         try:
-            context = ssl.create_default_context(cafile=str(self._ca))
+            context = ssl.create_default_context(cafile=str(self.ca))
             headers = {"Authorization": "Bearer admin-token"}
             request = urllib.request.Request(f"{self.url}/readyz", headers=headers)  # noqa: S310 - https
             handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)

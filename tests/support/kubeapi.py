@@ -23,6 +23,7 @@ _PLURALS = {
     "llmproviders": ("istio.alibabacloud.com/v1beta1", "LLMProvider"),
     "llmroutes": ("istio.alibabacloud.com/v1beta1", "LLMRoute"),
     "apikeyauthentications": ("istio.alibabacloud.com/v1beta1", "APIKeyAuthentication"),
+    "llmtokenratelimits": ("istio.alibabacloud.com/v1beta1", "LLMTokenRateLimit"),
     "gateways": ("networking.istio.io/v1", "Gateway"),
     "authorizationpolicies": ("security.istio.io/v1", "AuthorizationPolicy"),
     "requestauthentications": ("security.istio.io/v1", "RequestAuthentication"),
@@ -31,6 +32,10 @@ _PLURALS = {
     "secrets": ("v1", "Secret"),
     "configmaps": ("v1", "ConfigMap"),
     "leases": ("coordination.k8s.io/v1", "Lease"),
+    "pods": ("v1", "Pod"),
+    "customresourcedefinitions": ("apiextensions.k8s.io/v1", "CustomResourceDefinition"),
+    "events": ("events.k8s.io/v1", "Event"),
+    "tokenreviews": ("authentication.k8s.io/v1", "TokenReview"),
 }
 _GONE = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
 
@@ -58,8 +63,11 @@ class FakeApi:
         self._pages: dict[str, list[dict[str, Any]]] = {}
         self._streams: set[asyncio.Task[Any]] = set()
         self._uids = itertools.count(1)
+        self._managers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         self.token = ""
         """The token that requests must have, if not empty."""
+        self.tokens: dict[str, tuple[str, str, str]] = {}
+        """NAMESPACE:SERVICEACCOUNT, Pod and its uid, by the tokens that a TokenReview finds good."""
 
     async def put(self, *texts: str) -> None:
         """Make objects (YAML) what they are now; their generation counts changes of the spec."""
@@ -120,7 +128,9 @@ class FakeApi:
             self._log.append((self._version, event, plural, copy.deepcopy(document)))
             self._news.notify_all()
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(  # noqa: PLR0911 - one for each outcome
+        self, request: web.Request
+    ) -> web.StreamResponse:
         """Answer a request."""
         parts = request.path.strip("/").split("/")
         parts = parts[2:] if parts[0] == "api" else parts[3:]
@@ -137,11 +147,22 @@ class FakeApi:
             return answer
         if plural in self.missing or not api_version.startswith(_PLURALS[plural][0] + "/"):
             return _status(404, "the server could not find the requested resource")
+        if plural == "tokenreviews":
+            return web.json_response({"status": self._review((await request.json())["spec"])}, status=201)
         if request.method == "GET" and not rest:
             if verb == "WATCH":
                 return await self._watch(request, plural, namespace)
             return self._list(request, plural, namespace)
         return await self._object(request, plural, namespace, rest)
+
+    def _review(self, spec: dict[str, Any]) -> dict[str, Any]:
+        if spec["token"] not in self.tokens:
+            return {"error": "invalid bearer token"}
+        account, pod, uid = self.tokens[spec["token"]]
+        names = ("authentication.kubernetes.io/pod-name", "authentication.kubernetes.io/pod-uid")
+        extra = dict(zip(names, ([pod], [uid]), strict=True)) if pod else {}
+        user = {"username": f"system:serviceaccount:{account}", "extra": extra}
+        return {"authenticated": True, "audiences": spec["audiences"], "user": user}
 
     def _selected(self, request: web.Request, plural: str, namespace: str, key: tuple[str, str, str]) -> bool:
         name = request.query.get("fieldSelector", "").removeprefix("metadata.name=")
@@ -203,6 +224,8 @@ class FakeApi:
         found = self.objects.get((plural, namespace, name))
         if request.method == "POST":
             return _status(409, "already exists") if found else await self._answer(body)
+        if request.method == "PATCH" and len(rest) == 1:
+            return await self._answer(self._applied(body, found, request.query["fieldManager"]))
         if found is None:
             return _status(404, "not found")
         match request.method:
@@ -221,6 +244,18 @@ class FakeApi:
         others = [each for each in before.get("conditions", []) if each["type"] not in ours]
         status = {**before, **body["status"], "conditions": others + body["status"]["conditions"]}
         return await self._answer({**copy.deepcopy(found), "status": status})
+
+    def _applied(self, body: dict[str, Any], found: dict[str, Any] | None, manager: str) -> dict[str, Any]:
+        """Return an object whose binaryData and annotations are those of several managers together."""
+        key = (body["kind"], body["metadata"]["name"])
+        managers = self._managers.setdefault(key, {})
+        managers[manager] = body
+        data = {name: value for of in managers.values() for name, value in of.get("binaryData", {}).items()}
+        notes = [of["metadata"].get("annotations", {}) for of in managers.values()]
+        annotations = {name: value for of in notes for name, value in of.items()}
+        merged = {**copy.deepcopy(found or body), "binaryData": data}
+        merged["metadata"]["annotations"] = annotations
+        return merged
 
     async def _answer(self, document: dict[str, Any]) -> web.Response:
         return web.json_response(await self.put_object(document))

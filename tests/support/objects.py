@@ -40,6 +40,11 @@ def backends(*hosts: str) -> list[dict[str, Any]]:
     return [{"providerHost": host} for host in hosts]
 
 
+def rate_limit(name: str, **spec: Any) -> str:
+    """Return an LLMTokenRateLimit."""
+    return _object("LLMTokenRateLimit", name, spec)
+
+
 def gateway(name: str, *servers: dict[str, Any], **spec: Any) -> str:
     """Return a Gateway, by default for the workloads with the label ``istio: ingressgateway``."""
     text = _object(

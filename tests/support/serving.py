@@ -12,16 +12,20 @@ class _TcpServer(socketserver.ThreadingTCPServer):
 
 
 @contextmanager
-def serving_tcp(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
-    """Serve connections on a free port of 127.0.0.1, each in a thread; give the port."""
-    with _TcpServer(("127.0.0.1", 0), handler) as server, serving(server) as port:
+def serving_tcp(
+    handler: type[socketserver.BaseRequestHandler], address: tuple[str, int] = ("127.0.0.1", 0)
+) -> Iterator[int]:
+    """Serve connections, by default on a free port of 127.0.0.1, each in a thread; give the port."""
+    with _TcpServer(address, handler) as server, serving(server) as port:
         yield port
 
 
 @contextmanager
-def serving_udp(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
-    """Serve datagrams on a free port of 127.0.0.1, each in a thread; give the port."""
-    with socketserver.ThreadingUDPServer(("127.0.0.1", 0), handler) as server, serving(server) as port:
+def serving_udp(
+    handler: type[socketserver.BaseRequestHandler], address: tuple[str, int] = ("127.0.0.1", 0)
+) -> Iterator[int]:
+    """Serve datagrams, by default on a free port of 127.0.0.1, each in a thread; give the port."""
+    with socketserver.ThreadingUDPServer(address, handler) as server, serving(server) as port:
         yield port
 
 

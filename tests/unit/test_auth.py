@@ -99,6 +99,13 @@ class Server:
             ClientCA(self.directory / "mesh.pem") if mutual else None,
         )
         control_plane = ControlPlane(Objects(), MeshSettings(), authenticator=authenticator)
+        async with self.serving(control_plane, credentials):
+            yield
+
+    @asynccontextmanager
+    async def serving(
+        self, control_plane: ControlPlane, credentials: grpc.ServerCredentials | None = None
+    ) -> AsyncIterator[None]:
         stop = asyncio.Event()
         addresses = Address("127.0.0.1", self.port), Address("127.0.0.1", 0)
         task = asyncio.create_task(control_plane.run(*addresses, stop, credentials))
@@ -564,3 +571,31 @@ def test_a_proxy_is_told_what_is_wrong_with_its_files_before_envoy_starts(tmp_pa
                 check_files(XdsCredentials(token_file=file))
     with pytest.raises(CredentialsError, match="nowhere: cannot be read"):
         check_files(XdsCredentials(ca_file=tmp_path / "nowhere"))
+
+
+# What an authenticator is told
+
+
+class Counting(FileAuthenticator):
+    """Counts the streams that are open."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None)
+        self.open = 0
+
+    async def authenticate(self, *_: object) -> Identity:
+        self.open += 1
+        return Identity(((Grant("team-a"),),))
+
+    def left(self, _: object) -> None:
+        self.open -= 1
+
+
+async def test_an_authenticator_learns_of_each_stream_that_it_let_in_that_it_ended(server: Server) -> None:
+    """Also of one that was refused for what it claims to be."""
+    authenticator = Counting()
+    control_plane = ControlPlane(Objects(), MeshSettings(), authenticator=authenticator)
+    async with server.serving(control_plane):
+        assert (await server.ask("team-a", tls=False)).has_key
+        assert (await server.ask("team-b", tls=False)).status is DENIED
+    assert authenticator.open == 0

@@ -32,6 +32,14 @@ spec:
         model: qwen-1.8b-chat
         apiKey: ${ API_KEY of dashscope}
 """
+POD = """\
+apiVersion: v1
+kind: Pod
+metadata: {name: sleep}
+spec:
+  containers:
+  - {name: sleep, image: sleep}
+"""
 SECURE = ["serve", "--config", ".", "--xds-cert-file", __file__, "--xds-key-file", __file__]
 NO_ACCESS = (
     "Error: --admin-address 0.0.0.0:18080: other machines reach it, and it tells objects and proxies; give "
@@ -294,6 +302,47 @@ def test_bootstrap_prints_json_with_the_identity_of_the_workload() -> None:
     assert "llmplane.llmplane-system" in result.stdout
 
 
+# Injection
+
+
+def test_the_options_of_the_deployment_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes as far as to look for the cluster."""
+    monkeypatch.setenv("KUBECONFIG", "nowhere")
+    file = Path(__file__).parents[2] / "deploy" / "kubernetes" / "deployment.yaml"
+    (container,) = yaml.safe_load(file.read_text())["spec"]["template"]["spec"]["containers"]
+    result = run(*container["args"])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: no cluster can be reached")
+
+
+def test_inject_prints_the_file_with_sidecars() -> None:
+    Path("ca.pem").write_bytes(CertificateAuthority.create().pem)
+    write("pod.yaml", POD)
+    result = run("inject", "-f", "pod.yaml", "--xds-ca-file", "ca.pem", "--proxy-image", "a/b:1")
+    assert result.exit_code == 0
+    (pod,) = yaml.safe_load_all(result.stdout)
+    (_, proxy) = pod["spec"]["initContainers"]
+    assert (proxy["name"], proxy["image"]) == ("istio-proxy", "a/b:1")
+    assert "llmplane.llmplane-system.svc" in proxy["args"][3]
+    assert pod["spec"]["containers"] == [{"name": "sleep", "image": "sleep"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (POD.replace("{name: sleep}", "{name: sleep, annotations: {sidecar.istio.io/logLevel: a}}", 1),
+         "Error: pod.yaml: Pod sleep: annotation sidecar.istio.io/logLevel: 'a' is not one of trace"),
+        ("a: [", "Error: pod.yaml: while parsing"),
+    ],
+)  # fmt: skip
+def test_inject_names_what_it_cannot_follow(text: str, why: str) -> None:
+    Path("ca.pem").write_bytes(CertificateAuthority.create().pem)
+    write("pod.yaml", text)
+    result = run("inject", "-f", "pod.yaml", "--xds-ca-file", "ca.pem")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(why)
+
+
 # Mistakes
 
 
@@ -302,6 +351,18 @@ def test_bootstrap_prints_json_with_the_identity_of_the_workload() -> None:
     [
         (["serve"], "Error: give --config PATH, for objects in files, or --kubernetes"),
         (["serve", "--config", ".", "--context", "a"], "Error: --context needs --kubernetes"),
+        (
+            ["serve", "--config", ".", "--webhook-address", "127.0.0.1:15017"],
+            "Error: --webhook-address needs --kubernetes",
+        ),
+        (
+            [*SECURE, "--kubernetes", "--webhook-address", "127.0.0.1:15017"],
+            "Error: give --config PATH, for objects in files, or --kubernetes",
+        ),
+        (
+            ["serve", "--kubernetes", "--webhook-address", "127.0.0.1:1", *SECURE[3:]],
+            "Error: --webhook-address has a certificate made: give no --xds-cert-file",
+        ),
         (
             ["serve", "--kubernetes", "--set", "A=b"],
             (

@@ -236,8 +236,8 @@ class TestBootstraps:
         """`make golden` writes them again."""
         folder = ROOT / "envoy-bootstrap"
         subprocess.run([sys.executable, folder / "generate.py", tmp_path], check=True)
-        made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-        assert made == {file.name: file.read_bytes() for file in folder.glob("*.json")}
+        made = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*.json")}
+        assert made == {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.json")}
 
     @pytest.mark.parametrize("name", ["sidecar.json", "gateway.json"])
     def test_the_script_that_they_name_is_the_one_that_is_mounted(self, name: str) -> None:
@@ -245,6 +245,27 @@ class TestBootstraps:
         sources = {target: ROOT / source for source, target in volumes()}
         for digest, path in json.loads(text)["node"]["metadata"]["LUA_SCRIPTS"].items():
             assert hashlib.sha256(sources[path].read_bytes()).hexdigest() == digest
+
+
+class TestImageOfInjectedProxies:
+    TEXT = (ROOT / "deploy" / "image" / "Dockerfile").read_text(encoding="utf-8")
+
+    def test_what_it_copies_is_there(self) -> None:
+        files = [
+            name for line in re.findall(r"^COPY (.+) \S+$", self.TEXT, re.MULTILINE) for name in line.split()
+        ]
+        assert len(files) == 5
+        assert all((ROOT / name).is_file() and not is_ignored(name) for name in files)
+        assert all(os.access(ROOT / name, os.X_OK) for name in files if name.endswith(".sh"))
+
+    def test_its_envoy_is_that_of_the_demo(self) -> None:
+        assert f"FROM {services()['envoy']['image']}\n" in self.TEXT
+
+    def test_the_script_in_it_is_the_one_that_its_bootstrap_names(self) -> None:
+        bootstrap = json.loads((ROOT / "envoy-bootstrap" / "pod" / "bootstrap.json").read_text())
+        script = (ROOT / "translator" / "llm_provider.lua").read_bytes()
+        digest = hashlib.sha256(script).hexdigest()
+        assert bootstrap["node"]["metadata"]["LUA_SCRIPTS"] == {digest: "/etc/llmplane/llm_provider.lua"}
 
 
 class TestDockerfile:

@@ -197,6 +197,15 @@ def test_a_misspelt_host_is_told_with_the_nearest_one() -> None:
     assert backend_message(objects, "default/r").endswith(f", did you mean '{HOST}'?")
 
 
+def test_what_may_have_been_meant_is_told_of_some_hosts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes some milliseconds: thousands of routes would hold up whatever changes."""
+    asked: list[str] = []
+    monkeypatch.setattr("translator.conditions._nearest", lambda host, _: asked.append(host) or "")
+    routes = [route(f"r-{n}", f"h-{n}", {"backendRefs": backends(f"llm-{n}.exmaple.com")}) for n in range(50)]
+    conditions(world(provider("p", HOST), *routes))
+    assert len(asked) == 20
+
+
 def test_a_route_of_the_root_namespace_finds_the_providers_of_all() -> None:
     rules = {"backendRefs": backends(HOST)}
     objects = world(provider("team-a/p", HOST), route("istio-system/r", "chat", rules))

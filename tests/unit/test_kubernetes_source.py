@@ -12,7 +12,7 @@ import yaml
 from aiohttp import web
 
 from crds.meshconfig import MeshConfig
-from crds.problems import ObjectKey
+from crds.problems import ObjectKey, Problem, Severity
 from llmplane.sources import reflector
 from llmplane.sources.kubernetes import KubernetesSource
 from llmplane.sources.lastgood import LastGood
@@ -83,6 +83,11 @@ def names(state: SourceState) -> list[str]:
     return [item.name for item in state.objects]
 
 
+def errors(state: SourceState) -> list[Problem]:
+    """Return what is wrong; that a provider has its key in the clear is only a warning."""
+    return [problem for problem in state.problems if problem.severity is Severity.ERROR]
+
+
 def has(*expected: str) -> Callable[[SourceState], bool]:
     return lambda state: names(state) == list(expected)
 
@@ -151,7 +156,7 @@ async def test_a_cluster_without_istio(fake: FakeApi, watching: Any) -> None:
     fake.missing = {"gateways", "telemetries", "authorizationpolicies", "requestauthentications"}
     await fake.put(provider())
     async with watching() as source:
-        assert not (await source.when(has("a"))).problems
+        assert not errors(await source.when(has("a")))
         await fake.put("{apiVersion: telemetry.istio.io/v1, kind: Telemetry, metadata: {name: t}, spec: {}}")
         fake.missing = set()
         await source.when(has("a", "t"))
@@ -160,8 +165,8 @@ async def test_a_cluster_without_istio(fake: FakeApi, watching: Any) -> None:
 async def test_a_cluster_without_our_kinds_is_told_what_to_do(fake: FakeApi, watching: Any) -> None:
     fake.missing = {"llmroutes"}
     async with watching() as source:
-        state = await source.when(lambda state: state.problems)
-        assert [str(problem) for problem in state.problems] == [
+        state = await source.when(errors)
+        assert [str(problem) for problem in errors(state)] == [
             "LLMRoute: the cluster does not have this kind: kubectl apply -f crds/"
         ]
 
@@ -258,14 +263,14 @@ async def test_the_api_server_dies_and_returns(
         watched, stop = Watched(KubernetesSource(api, MeshSettings())), asyncio.Event()
         task = asyncio.create_task(watched.follow(stop))
         await watched.when(has("a"))
-    state = await watched.when(lambda state: state.problems)
+    state = await watched.when(errors)
     assert names(state) == ["a"]
-    assert "what was read before stays in use" in str(state.problems[0])
+    assert "what was read before stays in use" in str(errors(state)[0])
     other.objects.clear()
     await other.put(provider("b", host="b.example.com"))
     other.forget_history()
     async with running_api(other, port):
-        await watched.when(lambda state: names(state) == ["b"] and not state.problems)
+        await watched.when(lambda state: names(state) == ["b"] and not errors(state))
         stop.set()
         await task
         await api_of.__aexit__(None, None, None)
@@ -288,10 +293,10 @@ async def test_an_invalid_object_stays_in_its_last_good_version(fake: FakeApi, w
     async with watching() as source:
         first = await source.when(has("a"))
         await fake.put(BROKEN)
-        state = await source.when(lambda state: state.problems)
+        state = await source.when(errors)
         assert state.kept == {ObjectKey("LLMProvider", "default", "a")}
         assert state.objects[0].object is first.objects[0].object
-        assert str(state.problems[0]) == "LLMProvider default/a: spec.path: must start with '/'"
+        assert str(errors(state)[0]) == "LLMProvider default/a: spec.path: must start with '/'"
         assert not state.unknown, "a good version of everything was known"
         await fake.delete("llmproviders", "a")
         await source.when(has())
@@ -305,7 +310,7 @@ async def test_the_last_good_version_survives_a_restart_without_its_key(
     async with watching(LastGood(file)) as source:
         await source.when(has("a"))
         await fake.put(BROKEN)
-        await source.when(lambda state: state.problems)
+        await source.when(errors)
     assert "sk-very-secret" not in file.read_text()
     async with watching(LastGood(file)) as source:
         state = await source.when(has("a"))
@@ -322,7 +327,7 @@ spec: {selector: {matchLabels: {app: gw}}, action: DENY}
 """
     )
     async with watching() as source:
-        state = await source.when(lambda state: state.problems)
+        state = await source.when(errors)
         (policy,) = state.unreadable
         assert policy.labels == {"app": "gw"}
 
@@ -417,7 +422,7 @@ class TestSecrets:
             state = await source.when(has("a"))
             assert state.incomplete
             assert not state.unknown
-            assert [str(problem) for problem in state.problems] == [
+            assert [str(problem) for problem in errors(state)] == [
                 "Secret: the Secrets of namespace default cannot be read: secrets is forbidden"
             ]
             fake.refuse = None
@@ -449,3 +454,14 @@ class TestMeshConfiguration:
             assert source.source.mesh.settings.config.root_namespace == "mesh-root"
             (problem,) = source.source.mesh.problems
             assert str(problem).startswith("ConfigMap istio-system/istio: rootNamespace: ")
+
+
+async def test_a_key_that_whoever_reads_objects_can_read_is_a_warning(fake: FakeApi, watching: Any) -> None:
+    await fake.put(provider(), with_secret("b"), secret())
+    async with watching() as source:
+        state = await source.when(lambda state: len(state.objects) == 3)
+        (warning,) = state.problems
+        assert (warning.name, warning.field) == ("a", "spec.configs.defaultConfig.openAIConfig.apiKey")
+        assert warning.message == (
+            "whoever may read this object has the key: put it into a Secret (apiKeySecretRef)"
+        )

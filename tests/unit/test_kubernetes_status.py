@@ -24,6 +24,7 @@ kind: LLMProvider
 metadata: {name: a}
 spec: {host: a.example.com, path: /v1}
 """
+GATEWAY = "{apiVersion: networking.istio.io/v1, kind: Gateway, metadata: {name: g}, spec: {}}"
 PROGRAMMED = Figure("Programmed", "True", "Programmed", "3/3 proxies", 2)
 PENDING = Figure("Programmed", "False", "Pending", "1/3 proxies", 2)
 
@@ -165,7 +166,7 @@ class TestWriter:
         monkeypatch.setattr(kubestatus, "_LOOK", 0.01)
         await fake.put(PROVIDER)
         views: list[dict[str, Any]] = []
-        writer = StatusWriter(api, replica(api, "one"), lambda: [entry_of(fake)], lambda: views)
+        writer = StatusWriter(api, replica(api, "one"), lambda: [entry_of(fake)], lambda: views, bool)
         task = asyncio.create_task(writer.run())
         async with asyncio.timeout(20):
             while "status" not in fake.get("llmproviders", "a"):  # noqa: ASYNC110
@@ -190,10 +191,43 @@ class TestWriter:
         monkeypatch.setattr(kubestatus, "_LOOK", 0.01)
         await replica(api, "other").step()
         await fake.put(PROVIDER)
-        writer = StatusWriter(api, replica(api, "one"), lambda: [entry_of(fake)], list)
+        writer = StatusWriter(api, replica(api, "one"), lambda: [entry_of(fake)], list, bool)
         task = asyncio.create_task(writer.run())
         await asyncio.sleep(0.2)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
         assert not fake.requests["PATCH llmproviders"]
+
+    @pytest.mark.parametrize(
+        ("labels", "is_ours"), [({"app.kubernetes.io/part-of": "llmplane"}, True), ({}, False)]
+    )
+    async def test_istios_kinds_are_written_where_their_schema_is_ours(
+        self,
+        api: Api,
+        fake: FakeApi,
+        monkeypatch: pytest.MonkeyPatch,
+        labels: dict[str, str],
+        *,
+        is_ours: bool,
+    ) -> None:
+        """Where Istio is installed, its status is its own."""
+        monkeypatch.setattr(kubestatus, "_LOOK", 0.01)
+        await fake.put(PROVIDER)
+        metadata = {"name": "gateways.networking.istio.io", "namespace": "", "labels": labels}
+        await fake.put_object({"kind": "CustomResourceDefinition", "metadata": metadata})
+        await fake.put(GATEWAY)
+        found = fake.get("gateways", "g")["metadata"]
+        key = ObjectKey("Gateway", "default", "g")
+        gateway = Entry(
+            key, "networking.istio.io/v1", found["uid"], 1, "", None, (), None, frozenset(), {}
+        )  # fmt: skip
+        writer = StatusWriter(api, replica(api, "one"), lambda: [gateway, entry_of(fake)], list, bool)
+        task = asyncio.create_task(writer.run())
+        async with asyncio.timeout(20):
+            while "status" not in fake.get("llmproviders", "a"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert ("status" in fake.get("gateways", "g")) == is_ours

@@ -67,6 +67,7 @@ def test_the_id_stands_for_the_content() -> None:
     contexts = [
         filter_context("a.example", [CHAT, MODELS]),
         filter_context("b.example", [CHAT, MODELS]),
+        filter_context("a.example", [CHAT, MODELS], max_bytes=1000),
         filter_context("a.example", [CHAT]),
         filter_context("a.example", [Operation("POST", CHAT.suffix, CHAT.path, (CHAT.members or ())[::-1])]),
         filter_context("a.example", [Operation("POST", CHAT.suffix, "/v2/chat/completions", CHAT.members)]),

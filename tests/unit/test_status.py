@@ -272,3 +272,17 @@ async def test_something_else_at_the_address_is_told(unused_tcp_port: int) -> No
     async with await asyncio.start_server(answer, "127.0.0.1", unused_tcp_port):
         with pytest.raises(StatusUnavailableError, match="no llmplane answers"):
             await asyncio.to_thread(fetch_status, Address("127.0.0.1", unused_tcp_port))
+
+
+async def test_the_address_of_the_xds_port_is_no_admin_address() -> None:
+    """A gRPC server begins with HTTP/2's settings."""
+
+    async def settings(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        writer.close()
+
+    async with await asyncio.start_server(settings, "127.0.0.1", 0) as server:
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        with pytest.raises(StatusUnavailableError, match=f"{address} does not speak HTTP: is it the --admin"):
+            await asyncio.to_thread(fetch_status, address)

@@ -82,6 +82,10 @@ Node = _message("envoy.config.core.v3.Node")
 Resource = _message("envoy.service.discovery.v3.Resource")
 Status = _message("google.rpc.Status")
 
+# The protocol of rate limit services
+RateLimitRequest = _message("envoy.service.ratelimit.v3.RateLimitRequest")
+RateLimitResponse = _message("envoy.service.ratelimit.v3.RateLimitResponse")
+
 # Parts of many messages
 Address = _message("envoy.config.core.v3.Address")
 CidrRange = _message("envoy.config.core.v3.CidrRange")
@@ -173,17 +177,20 @@ VirtualHost = _message("envoy.config.route.v3.VirtualHost")
 WeightedCluster = _message("envoy.config.route.v3.WeightedCluster")
 
 # Listeners, their filters and network filters
+DnsFilter = _message("envoy.extensions.filters.udp.dns_filter.v3.DnsFilterConfig")
 FilterChain = _message("envoy.config.listener.v3.FilterChain")
 FilterChainMatch = _message("envoy.config.listener.v3.FilterChainMatch")
 HttpConnectionManager = _message(
     "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 )
+Http1ProtocolOptions = _message("envoy.config.core.v3.Http1ProtocolOptions")
 HttpInspector = _message("envoy.extensions.filters.listener.http_inspector.v3.HttpInspector")
 Listener = _message("envoy.config.listener.v3.Listener")
 ListenerFilter = _message("envoy.config.listener.v3.ListenerFilter")
 LocalReplyConfig = _message("envoy.extensions.filters.network.http_connection_manager.v3.LocalReplyConfig")
 NetworkFilter = _message("envoy.config.listener.v3.Filter")
 OriginalDst = _message("envoy.extensions.filters.listener.original_dst.v3.OriginalDst")
+ResponseMapper = _message("envoy.extensions.filters.network.http_connection_manager.v3.ResponseMapper")
 TcpProxy = _message("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy")
 TlsInspector = _message("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector")
 
@@ -216,6 +223,9 @@ Lua = _message("envoy.extensions.filters.http.lua.v3.Lua")
 LuaPerRoute = _message("envoy.extensions.filters.http.lua.v3.LuaPerRoute")
 OnDemand = _message("envoy.extensions.filters.http.on_demand.v3.OnDemand")
 OnDemandPerRoute = _message("envoy.extensions.filters.http.on_demand.v3.PerRouteConfig")
+PreserveCase = _message(
+    "envoy.extensions.http.header_formatters.preserve_case.v3.PreserveCaseFormatterConfig"
+)
 RateLimitFilter = _message("envoy.extensions.filters.http.ratelimit.v3.RateLimit")
 RateLimitPerRoute = _message("envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute")
 Router = _message("envoy.extensions.filters.http.router.v3.Router")

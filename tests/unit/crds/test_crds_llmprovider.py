@@ -31,6 +31,7 @@ configs:
     vip-route:
       openAIConfig: {model: qwen-turbo}
 """
+POOL = "spec.trafficPolicy.connectionPool"
 BRIEF = "host: a.example.com\npath: /v1/chat/completions\n"
 
 
@@ -59,7 +60,11 @@ def test_what_it_does_not_say_has_defaults() -> None:
     spec = provider(BRIEF).spec
     assert (spec.port, spec.tls.mode, spec.addresses) == (443, "SIMPLE", (("a.example.com", 443),))
     assert spec.workload_selector is None
-    assert spec.outlier_detection is None
+    assert (spec.traffic_policy.outlier_detection, spec.max_request_bytes) == (None, 32 * 1024 * 1024)
+    pool = spec.traffic_policy.connection_pool
+    assert (pool.tcp.max_connections, pool.tcp.connect_timeout, pool.http.max_retries) == (None, None, None)
+    assert (pool.http.http1_max_pending_requests, pool.http.http2_max_requests) == (None, None)
+    assert pool.http.idle_timeout == timedelta(seconds=50)
     assert not spec.config_for("any").has_key
 
 
@@ -76,8 +81,10 @@ def test_endpoints_say_where_to_connect() -> None:
 
 
 def test_outlier_detection_has_the_defaults_of_a_destination_rule_but_leaves_out_the_only_address() -> None:
-    outliers = provider(BRIEF + "outlierDetection: {}").spec.outlier_detection
+    policy = provider(BRIEF + "trafficPolicy: {outlierDetection: {}}").spec.traffic_policy
+    outliers = policy.outlier_detection
     assert outliers
+    assert outliers.count_429
     assert (outliers.consecutive_5xx_errors, outliers.consecutive_gateway_errors) == (5, 0)
     assert (outliers.interval, outliers.base_ejection_time) == (timedelta(seconds=10), timedelta(seconds=30))
     assert outliers.max_ejection_percent == 100
@@ -163,15 +170,34 @@ def test_members_that_are_null_count_as_absent() -> None:
             ["spec.operations[2]: POST /a is listed twice"],
         ),
         (
-            BRIEF + "outlierDetection: {consecutiveErrors: 1, maxEjectionPercent: 101, interval: 0s}",
+            BRIEF + "trafficPolicy:\n"
+            "  outlierDetection: {consecutiveErrors: 1, maxEjectionPercent: 101, interval: 0s}",
             [
-                "spec.outlierDetection.interval: must be at least 1ms",
-                "spec.outlierDetection.maxEjectionPercent: must be at most 100",
+                "spec.trafficPolicy.outlierDetection.interval: must be at least 1ms",
+                "spec.trafficPolicy.outlierDetection.maxEjectionPercent: must be at most 100",
                 (
-                    "spec.outlierDetection.consecutiveErrors: unknown field,"
+                    "spec.trafficPolicy.outlierDetection.consecutiveErrors: unknown field,"
                     " did you mean 'consecutive5xxErrors'?"
                 ),
             ],
+        ),
+        (
+            BRIEF + "trafficPolicy: {connectionPool: {http: {http2MaxRequests: 0, idleTimeout: 0s}}}",
+            [
+                f"{POOL}.http.http2MaxRequests: must be at least 1",
+                f"{POOL}.http.idleTimeout: must be at least 1ms",
+            ],
+        ),
+        (
+            BRIEF + "trafficPolicy: {connectionPool: {tcp: {maxConnections: many, connectTimeout: 5}}}",
+            [
+                f"{POOL}.tcp.maxConnections: must be a whole number, but is a string",
+                f"{POOL}.tcp.connectTimeout: must be a duration with its unit, such as 10s",
+            ],
+        ),
+        (
+            BRIEF + "maxRequestBytes: 4294967296",
+            ["spec.maxRequestBytes: must be at most 4294967295"],
         ),
         (
             BRIEF + "workloadSelector: {matchLabels: {app: 1}}",
@@ -280,6 +306,16 @@ def test_what_is_wrong_with_a_config(problems: Problems, config: str, expected: 
 def test_warnings_of_a_key_that_others_can_read(problems: Problems, spec: str, expected: list[str]) -> None:
     assert problems(document(SEED + spec)) == [f"warning: LLMProvider default/p: {text}" for text in expected]
     assert problems(document(BRIEF + spec)) == []  # no key
+
+
+def test_warning_of_outlier_detection_that_counts_nothing(problems: Problems) -> None:
+    spec = BRIEF + "trafficPolicy: {outlierDetection: {consecutive5xxErrors: 0}}"
+    assert problems(document(spec)) == [
+        (
+            "warning: LLMProvider default/p: spec.trafficPolicy.outlierDetection:"
+            " has no effect: consecutive5xxErrors and consecutiveGatewayErrors are 0"
+        )
+    ]
 
 
 def test_warning_of_a_placeholder_in_another_field(problems: Problems) -> None:

@@ -238,6 +238,12 @@ def test_what_is_wrong_with_a_spec(problems: Problems, spec: str, expected: list
         ("timeout: 10d", [".timeout: must be a duration such as 10s, 1h30m or 250ms"]),
         ("timeout: 0.5ms", [".timeout: must be a whole number of milliseconds"]),
         ("retries: {perTryTimeout: 1s}", [".retries.attempts: is missing"]),
+        (
+            "retries: {attempts: 1, perTryTimeout: 1s}\n  firstTokenTimeout: 1s",
+            [".firstTokenTimeout: sets the same limit as retries.perTryTimeout: set one of them"],
+        ),
+        ("firstTokenTimeout: 0s", [".firstTokenTimeout: must be at least 1ms"]),
+        ("streamIdleTimeout: never", [".streamIdleTimeout: must be a duration such as 10s, 1h30m or 250ms"]),
         ("retries: {attempts: -1}", [".retries.attempts: must be at least 0"]),
         ("retries: {attempts: 1, perTryTimeout: 0s}", [".retries.perTryTimeout: must be at least 1ms"]),
         (
@@ -370,3 +376,19 @@ def test_warning_of_a_per_try_timeout_that_envoy_ignores(problems: Problems) -> 
         )
     ]
     assert problems(text.replace("timeout: 1s", "timeout: 0s")) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "place", "other"),
+    [
+        ("timeout: 1s, firstTokenTimeout: 2s", "firstTokenTimeout", "the rule's timeout"),
+        ("timeout: 1s, streamIdleTimeout: 2s", "streamIdleTimeout", "the rule's timeout"),
+        ("streamIdleTimeout: 1s, firstTokenTimeout: 2s", "firstTokenTimeout", "streamIdleTimeout"),
+    ],
+)
+def test_warning_of_a_time_limit_that_another_one_comes_before(
+    problems: Problems, limits: str, place: str, other: str
+) -> None:
+    assert problems(rule(f"{{{limits}, backendRefs: [{{providerHost: a.b}}]}}")) == [
+        f"warning: LLMRoute ns/r: spec.rules[0].{place}: is longer than {other} and has no effect"
+    ]

@@ -56,12 +56,18 @@ COLUMNS = {
     "LLMProvider": ["Host", "Path"],
     "LLMRoute": ["Host", "Gateways"],
     "APIKeyAuthentication": ["Secrets"],
+    "LLMTokenRateLimit": ["Mode", "Shadow"],
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "short"),
-    [("LLMProvider", "llmp"), ("LLMRoute", "llmr"), ("APIKeyAuthentication", "apikeyauth")],
+    [
+        ("LLMProvider", "llmp"),
+        ("LLMRoute", "llmr"),
+        ("APIKeyAuthentication", "apikeyauth"),
+        ("LLMTokenRateLimit", "llmtrl"),
+    ],
 )
 def test_what_kubectl_knows_of_a_kind(kind: str, short: str) -> None:
     spec = manifest(kind)["spec"]
@@ -110,6 +116,14 @@ def with_config(**config: object) -> dict[str, object]:
     return {**PROVIDER, "configs": {"defaultConfig": {"openAIConfig": config}}}
 
 
+def with_outliers(**members: object) -> dict[str, object]:
+    return PROVIDER | {"trafficPolicy": {"outlierDetection": members}}
+
+
+def with_pool(**members: object) -> dict[str, object]:
+    return PROVIDER | {"trafficPolicy": {"connectionPool": members}}
+
+
 def with_rule(**rule: object) -> dict[str, object]:
     return {"host": "*", "rules": [{"backendRefs": [REF], **rule}]}
 
@@ -130,7 +144,9 @@ def with_refs(*refs: dict[str, object]) -> dict[str, object]:
         ("LLMProvider", PROVIDER | {"port": 8443, "endpoints": [{"address": "192.0.2.1", "port": 1}]}),
         ("LLMProvider", PROVIDER | {"tls": {"mode": "MUTUAL", "credentialName": "a"}}),
         ("LLMProvider", PROVIDER | {"exportTo": [".", "a"]}),
-        ("LLMProvider", PROVIDER | {"outlierDetection": {"interval": "1m30s", "consecutive5xxErrors": 0}}),
+        ("LLMProvider", with_outliers(interval="1m30s", consecutive5xxErrors=0, count429=False)),
+        ("LLMProvider", with_pool(http={"http2MaxRequests": 1, "idleTimeout": "1m"})),
+        ("LLMProvider", PROVIDER | {"maxRequestBytes": 1}),
         ("LLMProvider", PROVIDER | {"configs": {"routeSpecificConfigs": {"vip": {"openAIConfig": {}}}}}),
         ("LLMProvider", with_config(apiKey="${ API_KEY of dashscope}", stream=False)),
         ("LLMProvider", with_config(defaults={"a": [{"b": None}]}, overrides={"c": 1})),
@@ -168,8 +184,10 @@ def test_what_the_api_server_takes_and_the_model_too(kind: str, spec: dict[str, 
         ("LLMProvider", PROVIDER | {"port": "443"}),
         ("LLMProvider", PROVIDER | {"tls": {"mode": "simple"}}),
         ("LLMProvider", PROVIDER | {"exportTo": ["a.b"]}),
-        ("LLMProvider", PROVIDER | {"outlierDetection": {"maxEjectionPercent": 101}}),
-        ("LLMProvider", PROVIDER | {"outlierDetection": {"interval": "10"}}),
+        ("LLMProvider", with_outliers(maxEjectionPercent=101)),
+        ("LLMProvider", with_outliers(interval="10")),
+        ("LLMProvider", with_pool(tcp={"maxConnections": 0})),
+        ("LLMProvider", PROVIDER | {"maxRequestBytes": 0}),
         ("LLMProvider", PROVIDER | {"operations": [{"path": "/a", "method": "get"}]}),
         ("LLMProvider", with_config(apiKey="a", apiKeySecretRef={"name": "a", "key": "b"})),
         ("LLMProvider", with_config(apiKeySecretRef={"name": "a"})),

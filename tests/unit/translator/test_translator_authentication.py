@@ -23,6 +23,7 @@ from xds.resources import ECDS, LDS, RDS, Resource
 GATEWAY = Proxy(ProxyType.ROUTER, ROOT, "gateway", frozenset({("istio", "ingressgateway")}))
 SIDECAR = Proxy(ProxyType.SIDECAR, ROOT, "sleep", frozenset({("istio", "ingressgateway")}))
 OLD = Proxy(ProxyType.ROUTER, ROOT, "gateway", frozenset({("istio", "ingressgateway")}), version=(1, 38))
+LIMITS = [policies.RATE_LIMITS, policies.COUNTS, policies.SERVICES]
 KEYS = secret(f"{ROOT}/clients", {"alice": "sk-alice", "bob": "Bearer sk-bob"})
 POLICY = api_key_authentication("clients")
 
@@ -63,8 +64,8 @@ def test_rules_of_all_policies_that_select_a_gateway_are_sorted_by_issuer() -> N
 def test_a_sidecar_has_no_policies() -> None:
     """They are for requests that come in, and a sidecar here only sends some out."""
     found = world(request_authentication(rule("a.com")), KEYS, POLICY)
-    assert policies.filters(found, SIDECAR) == []
-    assert list(policies.resources(found, SIDECAR)) == []
+    assert [place["name"] for place in policies.filters(found, SIDECAR)] == LIMITS
+    assert [resource.name for resource, _ in policies.resources(found, SIDECAR)] == LIMITS
     assert list(policies.services(found, SIDECAR)) == []
 
 
@@ -137,7 +138,7 @@ def test_an_envoy_keeps_its_keys_while_the_secret_may_be_in_what_cannot_be_read(
         resource.name: resource.held
         for resource, _ in policies.resources(World.of(parts, incomplete=True), GATEWAY)
     }
-    assert held == {"api_keys": True, "policies": False}
+    assert held == {"api_keys": True, "policies": False, **dict.fromkeys(LIMITS, False)}
 
 
 def test_the_listener_is_the_same_with_and_without_policies() -> None:

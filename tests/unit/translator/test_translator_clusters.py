@@ -137,6 +137,11 @@ def cluster_of(host: str = HOST, mesh: MeshSettings | None = None, **spec: Any) 
     return dict(MessageToDict(made, preserving_proto_field_name=True, descriptor_pool=protos.POOL))
 
 
+def options_of(made: dict[str, Any]) -> dict[str, Any]:
+    (options,) = made["typed_extension_protocol_options"].values()
+    return dict(options)
+
+
 def addresses_of(made: dict[str, Any], priority: int = 0) -> list[tuple[str, int]]:
     sockets = [
         host["endpoint"]["address"]["socket_address"]
@@ -175,13 +180,38 @@ def test_names_are_resolved_and_addresses_are_not() -> None:
 
 def test_each_cluster_has_a_guard_that_is_never_ejected() -> None:
     """Without a host Envoy answers 503 at once, and no other provider is asked."""
-    made = cluster_of(outlierDetection={"maxEjectionPercent": 100})
+    made = cluster_of(trafficPolicy={"outlierDetection": {"maxEjectionPercent": 100}})
     assert addresses_of(made, priority=1) == [("127.0.0.1", 1)]
     assert made["outlier_detection"]["max_ejection_percent"] == 99, "the guard is the last host of them"
-    assert (
-        cluster_of(outlierDetection={"maxEjectionPercent": 30})["outlier_detection"]["max_ejection_percent"]
-        == 30
-    )
+    made = cluster_of(trafficPolicy={"outlierDetection": {"maxEjectionPercent": 30}})
+    assert made["outlier_detection"]["max_ejection_percent"] == 30
+
+
+def test_without_limits_nothing_is_limited() -> None:
+    """Not even by Envoy's own defaults: 1024 connections and requests, 3 retries."""
+    (thresholds,) = cluster_of()["circuit_breakers"]["thresholds"]
+    names = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    assert thresholds == dict.fromkeys(names, 2**32 - 1)
+
+
+def test_limits_of_the_connection_pool() -> None:
+    pool = {
+        "tcp": {"maxConnections": 1, "connectTimeout": "3s"},
+        "http": {"http1MaxPendingRequests": 2, "http2MaxRequests": 3, "maxRetries": 4, "idleTimeout": "9s"},
+    }
+    made = cluster_of(trafficPolicy={"connectionPool": pool})
+    (thresholds,) = made["circuit_breakers"]["thresholds"]
+    expected = {"max_connections": 1, "max_pending_requests": 2, "max_requests": 3, "max_retries": 4}
+    assert thresholds == expected
+    assert made["connect_timeout"] == "3s"
+    assert options_of(made)["common_http_protocol_options"] == {"idle_timeout": "9s"}
+
+
+@pytest.mark.parametrize(("policy", "counts"), [({}, True), ({"count429": False}, False)])
+def test_429_counts_as_an_error_unless_it_shall_not(policy: dict[str, Any], *, counts: bool) -> None:
+    made = cluster_of(trafficPolicy={"outlierDetection": policy})
+    assert ("outlier_detection" in options_of(made)) == counts
+    assert "outlier_detection" not in options_of(cluster_of())
 
 
 def test_tls_verifies_authority_and_name_by_default() -> None:

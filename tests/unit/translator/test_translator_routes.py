@@ -260,9 +260,68 @@ def test_in_an_order_a_provider_that_is_not_there_is_passed_over() -> None:
 def test_timeouts() -> None:
     action = action_of(backendRefs=TWO)
     assert action.timeout.ToSeconds() == 0, "no limit: a stream may take long"
+    assert action.idle_timeout.ToSeconds() == 3600
+    assert not action.retry_policy.HasField("per_try_timeout")
+    assert not action.retry_policy.HasField("per_try_idle_timeout")
     action = action_of(backendRefs=TWO, timeout="90s", retries={"attempts": 1, "perTryTimeout": "1500ms"})
     assert action.timeout.ToSeconds() == 90
     assert action.retry_policy.per_try_timeout.ToMilliseconds() == 1500
+
+
+def test_the_first_token_has_a_time_limit_without_retries_too() -> None:
+    policy = action_of(backendRefs=TWO, firstTokenTimeout="20s").retry_policy
+    assert policy.per_try_timeout.ToSeconds() == 20
+    assert "reset" not in policy.retry_on.split(","), "a timeout moves on only where failures do"
+
+
+@pytest.mark.parametrize(("limit", "of_the_stream"), [("30s", 3600), ("2h", 7200)])
+def test_the_silence_of_a_provider_ends_an_attempt(limit: str, of_the_stream: int) -> None:
+    """Envoy's limit for a stream, which no retry follows, must not come first."""
+    action = action_of(backendRefs=TWO, streamIdleTimeout=limit)
+    assert action.retry_policy.per_try_idle_timeout.ToSeconds() == {"30s": 30, "2h": 7200}[limit]
+    assert action.idle_timeout.ToSeconds() == of_the_stream
+
+
+@pytest.mark.parametrize(
+    ("retries", "of_the_stream"),
+    [({}, 60), ({"retries": {"attempts": 1}}, 60), ({"retries": {"attempts": 9}}, 200)],
+)
+def test_after_the_first_token_the_stream_itself_has_the_limit(
+    retries: dict[str, Any], of_the_stream: int
+) -> None:
+    """Envoy forgets the silence of an attempt once the time for its first token is over."""
+    action = action_of(backendRefs=TWO, firstTokenTimeout="20s", streamIdleTimeout="1m", **retries)
+    assert action.retry_policy.per_try_timeout.ToSeconds() == 20
+    assert not action.retry_policy.HasField("per_try_idle_timeout")
+    assert action.idle_timeout.ToSeconds() == of_the_stream
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((None, None), None),
+        ((1000, None), None),
+        ((1000, 2_000_000), 2_000_000),
+        ((40_000_000, None), 40_000_000),
+    ],
+)
+def test_a_route_buffers_as_much_as_one_of_its_providers_takes(
+    limits: tuple[int | None, int | None], expected: int | None
+) -> None:
+    objects = [
+        provider(name, host, **({"maxRequestBytes": limit} if limit else {}))
+        for name, host, limit in zip("ab", (A, B), limits, strict=True)
+    ]
+    table = route_table(
+        world(*objects, route("r", "test.com", {"backendRefs": backends(A, B)})), SIDECAR, "r"
+    )
+    (made,) = (host.virtual_host.routes[0] for host in table.hosts if host.virtual_host.name == "test.com")
+    if expected is None:
+        assert not made.HasField("request_body_buffer_limit")
+        assert "llm.limits" not in made.metadata.filter_metadata
+    else:
+        assert made.request_body_buffer_limit.value > expected
+        assert made.metadata.filter_metadata["llm.limits"]["maxRequestBytes"] == str(expected)
 
 
 # Names of a host
