@@ -119,6 +119,8 @@ class ControlPlane:
         """When what was read was different, seconds since the epoch."""
         self._world = world_of(self._state, mesh)
         self._conditions: Mapping[ObjectKey, tuple[Condition, ...]] = {}
+        self._judged = self._state
+        """Of what the conditions are."""
         self._problems: dict[str, Severity] = {}
         """What is wrong now, in the order of the files."""
         self._remembered = Memory()
@@ -162,7 +164,7 @@ class ControlPlane:
             serving = False
             async for state in self._source.states(stop):
                 try:
-                    self._take(state)
+                    await self._take(state)
                 except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
                     # What already works goes on, and the next state is tried again.
                     _LOG.exception("a state could not be taken over; proxies keep what they have")
@@ -181,18 +183,20 @@ class ControlPlane:
         """Take over changes of the mesh configuration."""
         async for _ in file.states(stop):
             try:
-                if self._revision:  # else the first state of the source brings it into use
-                    self._publish(self._state)
+                if self._last_change:  # else the first state of the source brings it into use
+                    await self._publish(self._state)
             except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
                 _LOG.exception("a mesh configuration could not be taken over; proxies keep what they have")
 
-    def _take(self, state: SourceState) -> None:
+    async def _take(self, state: SourceState) -> None:
         """Take over a new state of the source."""
-        self._revision += 1
-        if state != self._state or self._revision == 1:
-            self._publish(state)
+        try:
+            if state != self._state or self._revision == 0:
+                await self._publish(state)
+        finally:
+            self._revision += 1
 
-    def _publish(self, state: SourceState) -> None:
+    async def _publish(self, state: SourceState) -> None:
         """Make a new world of a state and the mesh's settings, and publish what it means for each proxy."""
         began = time.monotonic()
         self._last_change = time.time()
@@ -208,8 +212,10 @@ class ControlPlane:
         self.server.publish({proxy: self.snapshot(proxy) for proxy in proxies}, began=began)
         milliseconds = round((time.monotonic() - began) * 1000, 1)
         _LOG.info("published", objects=len(state.objects), groups=len(proxies), milliseconds=milliseconds)
+        await asyncio.sleep(0)  # it is sent first: what follows is for those who look
         self._remembered.begin()
         self._conditions = conditions(self._world, self._remembered)
+        self._judged = self._state
         self._log_problems(before)
 
     def _log_problems(self, before: SourceState) -> None:
@@ -379,7 +385,7 @@ class ControlPlane:
 
     def _counted(self) -> Iterator[LoadedObject]:
         """Yield the objects that have conditions."""
-        return (item for item in self._state.objects if item.key in self._conditions)
+        return (item for item in self._judged.objects if item.key in self._conditions)
 
     def _found(
         self, item: LoadedObject, refusals: Mapping[ObjectKey, list[_Objection]]

@@ -21,7 +21,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from crds.problems import ObjectKey
-from translator import policies, scopes
+from translator import scopes
 from translator.clusters import HOST_METADATA
 from translator.endpoints import is_ip
 from translator.hosts import service_name
@@ -42,6 +42,8 @@ DNS_PORT = 15053
 
 PASSTHROUGH = "PassthroughCluster"
 _BLACK_HOLE = "BlackHoleCluster"
+_PASSTHROUGH_ROUTE = "allow_any|passthrough"
+"""No rule of an LLMRoute has a | in its name. The script of token limits knows it."""
 
 _ROUTES = "captured"
 _BUCKETS = 128
@@ -67,8 +69,6 @@ _CLEANING = protos.pack(
 )
 """Takes away what steers Envoy's router, or tells of the client. With buckets, Envoy knows the route when it
 is too late to switch a filter off by it: so the filter does nothing, but where the route says so."""
-_LIMITS = (policies.RATE_LIMITS, policies.COUNTS, policies.SERVICES)
-_SWITCHED_OFF = protos.pack(protos.FilterConfig(disabled=True))
 _TTL = timedelta(seconds=30)
 """The shortest that Envoy takes."""
 _UNLIMITED = {"value": 2**32 - 1}
@@ -268,7 +268,7 @@ def _tunnel() -> Message:
 
 def _passthrough(match: dict[str, Any], upgrade: str) -> Message:
     return protos.Route(
-        name="passthrough",
+        name=_PASSTHROUGH_ROUTE,
         match=match,
         route={
             "cluster": PASSTHROUGH,
@@ -281,7 +281,6 @@ def _passthrough(match: dict[str, Any], upgrade: str) -> Message:
         request_headers_to_add=[
             {"header": {"key": name, "value": f"%REQ({kept})%"}} for name, kept in _KEPT.items()
         ],
-        typed_per_filter_config=dict.fromkeys(_LIMITS, _SWITCHED_OFF),
     )
 
 

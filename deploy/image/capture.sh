@@ -140,7 +140,7 @@ END
 # refused there is tried over IPv4, and nothing gets out unseen).
 with() {
   kind=
-  iptables -t nat -S OUTPUT >/dev/null 2>&1 || kind=-legacy # an old kernel
+  [ "$1" = print ] || iptables -t nat -S OUTPUT >/dev/null 2>&1 || kind=-legacy # an old kernel
   "$1" iptables$kind 4 "$PROXY_ADDRESS" 40
   if [ -e /proc/net/if_inet6 ]; then "$1" ip6tables$kind 6 '[::1]' 60; fi
 }
@@ -160,6 +160,7 @@ check INCLUDE_OUTBOUND_UIDS "$INCLUDE_OUTBOUND_UIDS" "$number"
 check EXCLUDE_OUTBOUND_UIDS "$EXCLUDE_OUTBOUND_UIDS" "$number"
 check DNS_CAPTURE "$DNS_CAPTURE" 'true|false'
 
+[ $# -le 1 ] || fail "one argument at most"
 case ${1:-} in
   '') with apply ;;
   --print) with print ;;

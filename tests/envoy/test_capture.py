@@ -32,7 +32,7 @@ from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT
 from tests.support.client import MESSAGES
 from tests.support.dns import DnsServer, running_dns_server
 from tests.support.netns import Namespace, join, namespaces, why_not
-from tests.support.objects import backends, provider, route
+from tests.support.objects import backends, provider, rate_limit, route
 from tests.support.serving import serving_tcp
 from tests.support.wait import eventually
 from translator.capture import PORT
@@ -81,6 +81,8 @@ class Origin:
         with suppress(OSError):
             while chunk := connection.recv(65536):
                 self.got[number] += chunk
+                if self.got[number].startswith(b"PRI * HTTP/2.0"):
+                    return  # it speaks none
                 if self.got[number].endswith(b"\r\n\r\n"):
                     connection.sendall(self.answer)
 
@@ -207,6 +209,8 @@ def shared_capture_lab() -> Iterator[CaptureLab]:
         mesh.proxy = start_envoy(pod, mesh)
         lab = CaptureLab(world, pod, mesh, fake, dns, origin)
         lab.apply_seed(4)
+        done = lab.rules()
+        assert done.returncode == 0, done.stderr
         yield lab
 
 
@@ -238,8 +242,6 @@ def start_envoy(pod: Namespace, mesh: LocalMesh) -> subprocess.Popen[bytes]:
 def lab(shared_capture_lab: CaptureLab) -> CaptureLab:
     """Give the lab with the objects of the document's last step, and with everything captured."""
     lab = shared_capture_lab
-    done = lab.rules()
-    assert done.returncode == 0, done.stderr
     lab.origin.greeting = b""
     lab.fake.forget()
     return lab
@@ -250,6 +252,13 @@ def changing_lab(lab: CaptureLab) -> Iterator[CaptureLab]:
     """Give the lab to a test that applies objects of its own."""
     yield lab
     lab.apply_seed(4)
+
+
+@pytest.fixture
+def ruling_lab(lab: CaptureLab) -> Iterator[CaptureLab]:
+    """Give the lab to a test that changes the rules."""
+    yield lab
+    lab.rules()
 
 
 # The documents' commands, in a pod and without any proxy setting
@@ -350,7 +359,7 @@ def test_a_protocol_in_which_the_server_speaks_first_passes_on_other_ports(lab: 
 
 def test_http2_without_tls_passes(lab: CaptureLab) -> None:
     before = len(lab.origin.got)
-    lab.curl("--http2-prior-knowledge", "--max-time", "1", f"http://{OTHER}/")
+    lab.curl("--http2-prior-knowledge", f"http://{OTHER}/")
     assert lab.origin.got[before].startswith(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 
 
@@ -397,6 +406,24 @@ def test_more_than_a_thousand_hosts(changing_lab: CaptureLab) -> None:
     assert lab.exchange(connect, established) == (connect, established)
 
 
+@pytest.mark.needs(Feature.TOKEN_LIMITS)
+@pytest.mark.parametrize("count", [0, THRESHOLD + MARGIN + 1], ids=["few", "many"])
+def test_limits_are_for_llm_hosts(changing_lab: CaptureLab, count: int) -> None:
+    limit = {"keys": [{"attribute": "Workload"}], "rules": [{"limits": [{"tokens": 100, "unit": "Minute"}]}]}
+    changing_lab.apply(
+        provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE]),
+        *(
+            route(f"r{number}", f"{number}.example", {"backendRefs": backends(DASHSCOPE)})
+            for number in range(count)
+        ),
+        rate_limit(f"limit-{count}", **limit),
+    )
+    assert changing_lab.ask(f"http://{DASHSCOPE}/") == "some-model"
+    assert "rate_limit_exceeded" in changing_lab.ask(f"http://{DASHSCOPE}/")
+    request = b"POST / HTTP/1.1\r\nHost: other.example\r\nContent-Length: 4\r\n\r\n\r\n\r\n"
+    assert changing_lab.exchange(request, ANSWER) == (request, ANSWER)
+
+
 # Names
 
 
@@ -426,12 +453,12 @@ def is_captured(lab: CaptureLab, *options: str, uid: int = APPLICATION) -> bool:
     return done.stdout == "200"
 
 
-def test_a_user_is_left_out(lab: CaptureLab) -> None:
-    assert is_captured(lab)
-    assert not is_captured(lab, uid=EXCLUDED)
-    lab.rules(EXCLUDE_OUTBOUND_UIDS="", INCLUDE_OUTBOUND_UIDS=f"{EXCLUDED},3000")
-    assert not is_captured(lab)
-    assert is_captured(lab, uid=EXCLUDED)
+def test_a_user_is_left_out(ruling_lab: CaptureLab) -> None:
+    assert is_captured(ruling_lab)
+    assert not is_captured(ruling_lab, uid=EXCLUDED)
+    ruling_lab.rules(EXCLUDE_OUTBOUND_UIDS="", INCLUDE_OUTBOUND_UIDS=f"{EXCLUDED},3000")
+    assert not is_captured(ruling_lab)
+    assert is_captured(ruling_lab, uid=EXCLUDED)
 
 
 @pytest.mark.parametrize(
@@ -447,25 +474,27 @@ def test_a_user_is_left_out(lab: CaptureLab) -> None:
         ({"INCLUDE_OUTBOUND_IP_RANGES": "", "INCLUDE_OUTBOUND_PORTS": "80"}, True),
     ],
 )
-def test_ports_and_addresses_are_left_out(lab: CaptureLab, settings: dict[str, str], captured: bool) -> None:
-    assert lab.rules(**settings).returncode == 0
-    assert is_captured(lab) is captured
+def test_ports_and_addresses_are_left_out(
+    ruling_lab: CaptureLab, settings: dict[str, str], captured: bool
+) -> None:
+    assert ruling_lab.rules(**settings).returncode == 0
+    assert is_captured(ruling_lab) is captured
 
 
-def test_the_rules_are_put_in_place_once_and_taken_away(lab: CaptureLab) -> None:
+def test_the_rules_are_put_in_place_once_and_taken_away(ruling_lab: CaptureLab) -> None:
     def rules() -> list[str]:
         return [
-            lab.pod.run(program, "-t", table, "-S").stdout
+            ruling_lab.pod.run(program, "-t", table, "-S").stdout
             for program in ("iptables", "ip6tables")
             for table in ("nat", "raw")
         ]
 
     before = rules()
-    assert lab.rules().returncode == 0
+    assert ruling_lab.rules().returncode == 0
     assert rules() == before
-    assert lab.rules("--remove").returncode == 0
+    assert ruling_lab.rules("--remove").returncode == 0
     assert "LLMPLANE" not in "".join(rules())
-    assert not is_captured(lab)
+    assert not is_captured(ruling_lab)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +506,9 @@ def test_the_rules_are_put_in_place_once_and_taken_away(lab: CaptureLab) -> None
         {"DNS_CAPTURE": "yes"},
     ],
 )
-def test_a_setting_that_is_not_understood_changes_nothing(lab: CaptureLab, settings: dict[str, str]) -> None:
-    done = lab.rules(**settings)
+def test_a_setting_that_is_not_understood_changes_nothing(
+    ruling_lab: CaptureLab, settings: dict[str, str]
+) -> None:
+    done = ruling_lab.rules(**settings)
     assert (done.returncode, done.stderr.split(":")[1].strip()) == (2, next(iter(settings)))
-    assert is_captured(lab)
+    assert is_captured(ruling_lab)

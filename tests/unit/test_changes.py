@@ -1,5 +1,6 @@
 """Whatever changed before: the outcome is the one of a control plane that was started just now."""
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping
 from unittest.mock import patch
@@ -156,7 +157,7 @@ def test_a_change_leads_to_the_snapshot_of_a_fresh_start(history: list[SourceSta
     for state in history:
         cold = control_plane()
         for each in (warm, cold):
-            each._take(state)
+            asyncio.run(each._take(state))
         for proxy in PROXIES:
             found, expected = warm._snapshots[proxy], cold._snapshots[proxy]
             assert content(found) == content(expected)
@@ -215,7 +216,7 @@ def test_a_resource_that_breaks_the_rules_stays_as_it_was(monkeypatch: pytest.Mo
 
     def served(*documents: str) -> str | None:
         objects = tuple(map(loaded, documents))
-        plane._take(SourceState(objects))
+        asyncio.run(plane._take(SourceState(objects)))
         resource = plane._snapshots[proxy][CDS].get(name)
         return resource and resource.body.partition(b"model-")[2][:1].decode()
 

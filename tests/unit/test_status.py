@@ -169,6 +169,7 @@ async def test_a_status_without_problems(running: RunningControlPlane) -> None:
     (found,) = status["objects"]
     assert found == {
         "kind": "LLMProvider",
+        "uid": None,
         "generation": None,
         "namespace": "default",
         "name": "a",
