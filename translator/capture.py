@@ -170,13 +170,13 @@ def clusters() -> Iterator[Message]:
     yield made
 
 
-def routes(table: RouteTable, memory: Memory) -> Iterator[Part]:
+def routes(table: RouteTable, memory: Memory, *, with_scopes: bool) -> Iterator[Part]:
     """Make the routes of captured traffic, in the form or the forms that the proxy's other routes have."""
     if scopes.needs_one(table):
         hosts = tuple((host, host.names) for host in table.hosts)
         make = partial(_configuration, _ROUTES, hosts, memory, [_tunnel()])
         yield memory.recall((_ROUTES, table.hosts), None, make)
-    if scopes.needs_scopes(table):
+    if with_scopes:
         for number, names in enumerate([*_buckets(table), ()]):
             make = partial(_scope, number, names, memory)
             yield memory.recall((_ROUTES, number, names), None, make)
@@ -246,7 +246,8 @@ def _captured(host: HostRoutes, names: Sequence[str], first: Sequence[Message]) 
     routes = [*first, *made.routes]
     del made.routes[:]
     made.routes.extend(routes)
-    made.request_headers_to_remove.extend(_KEPT.values())
+    if first:
+        made.request_headers_to_remove.extend(_KEPT.values())
     made.typed_per_filter_config[_CLEANER].CopyFrom(_CLEANING)
     return made
 

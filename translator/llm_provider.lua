@@ -20,6 +20,7 @@ local ffi = require("ffi")
 local BYTES = ffi.typeof("const uint8_t *")
 local byte, find, match, sub = string.byte, string.find, string.match, string.sub
 local concat = table.concat
+local band, bor, lshift, rshift = bit.band, bit.bor, bit.lshift, bit.rshift
 
 -- --------------------------------------------------------------------------------------------------
 -- JSON
@@ -1077,6 +1078,341 @@ local function finish_events(r)
 end
 
 -- --------------------------------------------------------------------------------------------------
+-- Compressed answers: gzip (RFC 1952) and deflate (RFC 1950, or 1951 alone, which some servers send)
+--
+-- Envoy's own decompressor cannot stand in a cluster, and one in front of the router would come behind this script
+-- and cost all requests something. Checksums are not looked at.
+--
+-- A symbol is decoded from the 16 bits at a position, which is a count of bits. Behind the input there are zeros,
+-- so that what is not all there can be tried: what would end behind the input waits for the next piece.
+
+local HALF, WINDOW = 32768, 65536 -- how far back a copy may reach; and twice that
+local PADDING = ("\0"):rep(16)
+local LONGEST = 48 -- bits of a length with its distance
+local FAST = 9 -- bits of the codes that are looked up
+local MAX_HEADER = 1024 -- bytes
+local MAX_RATIO, MAX_FREE = 100, 1048576 -- the ratio is Envoy's; so many bytes may always come
+
+local CODE = ffi.typeof("struct { uint16_t count[16], symbol[288], fast[512]; }")
+local COUNTS = ffi.typeof("uint16_t[16]")
+local CODES = ffi.typeof("struct { $ literals, distances; }", CODE)
+local STATE = ffi.typeof([[struct {
+  int pos, limit, at, shown, left;
+  uint8_t window[66048], lengths[320];
+  $ codes;
+}]], CODES)
+
+local function numbers(list) return ffi.new("const uint16_t[?]", #list, list) end
+local LENGTH = numbers({
+  3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227,
+  258,
+})
+local LENGTH_BITS = numbers({
+  0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0,
+})
+local DISTANCE = numbers({
+  1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385, 513, 769, 1025, 1537, 2049, 3073, 4097,
+  6145, 8193, 12289, 16385, 24577,
+})
+local DISTANCE_BITS = numbers({
+  0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13,
+})
+local ORDER = numbers({ 16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15 })
+
+local function bits(p, pos, count)
+  local i = rshift(pos, 3)
+  local three = bor(p[i], lshift(p[i + 1], 8), lshift(p[i + 2], 16))
+  return band(rshift(three, band(pos, 7)), lshift(1, count) - 1)
+end
+
+-- Makes a code of the lengths of its symbols. Returns false if there cannot be one.
+local function make_code(code, lengths, size)
+  ffi.fill(code, ffi.sizeof(CODE))
+  for n = 0, size - 1 do code.count[lengths[n]] = code.count[lengths[n]] + 1 end
+  code.count[0] = 0
+  local offset, free = COUNTS(), 1
+  for length = 1, 15 do
+    free = free * 2 - code.count[length]
+    if free < 0 then return false end
+    if length < 15 then offset[length + 1] = offset[length] + code.count[length] end
+  end
+  for n = 0, size - 1 do
+    local length = lengths[n]
+    if length > 0 then
+      code.symbol[offset[length]] = n
+      offset[length] = offset[length] + 1
+    end
+  end
+  local value, n = 0, 0
+  for length = 1, FAST do
+    for _ = 1, code.count[length] do
+      local reversed = 0
+      for bit_number = 0, length - 1 do
+        reversed = bor(reversed, lshift(band(rshift(value, bit_number), 1), length - 1 - bit_number))
+      end
+      for at = reversed, 511, lshift(1, length) do code.fast[at] = code.symbol[n] * 16 + length end
+      value, n = value + 1, n + 1
+    end
+    value = value * 2
+  end
+  return true
+end
+
+-- Returns the symbol at pos, -1 if there is none, and the position behind it.
+local function decode(code, p, pos)
+  local next_bits = bits(p, pos, 16)
+  local found = code.fast[band(next_bits, 511)]
+  if found ~= 0 then return rshift(found, 4), pos + band(found, 15) end
+  local value, first, index = 0, 0, 0
+  for length = 1, 15 do
+    value = bor(value, band(next_bits, 1))
+    next_bits = rshift(next_bits, 1)
+    local count = code.count[length]
+    if value - first < count then return code.symbol[index + value - first], pos + length end
+    index, first, value = index + count, (first + count) * 2, value * 2
+  end
+  return -1, pos
+end
+
+local FIXED = CODES()
+do
+  local lengths = ffi.new("uint8_t[288]", 8)
+  ffi.fill(lengths + 144, 112, 9)
+  ffi.fill(lengths + 256, 24, 7)
+  make_code(FIXED.literals, lengths, 288)
+  ffi.fill(lengths, 30, 5)
+  make_code(FIXED.distances, lengths, 30)
+end
+
+-- An inflater has a state:
+--   pos, limit: bits of the input that were read, and that there are
+--   window:     what came out lately, up to `at`; up to `shown`, it was returned
+--   left:       bytes of a block that is not compressed
+--   codes:      those of the block at hand, unless they are the fixed ones
+-- A step begins at pos of the input, which p points to, and returns the next one; nil: it needs more input; or
+-- false: the input is faulty.
+
+local function enough(state, size) return state.pos + size <= state.limit end
+
+local function flush(z)
+  local state = z.state
+  z.parts[#z.parts + 1] = ffi.string(state.window + state.shown, state.at - state.shown)
+  z.output = z.output + state.at - state.shown
+  state.shown = state.at
+end
+
+-- Makes room in the window. Returns false if too much comes out of the input.
+local function slide(z)
+  local state = z.state
+  flush(z)
+  ffi.copy(state.window, state.window + state.at - HALF, HALF)
+  state.at, state.shown = HALF, HALF
+  return z.output <= MAX_FREE or z.output <= z.input * MAX_RATIO
+end
+
+local read_block
+
+local function read_nothing(z)
+  z.state.pos = z.state.limit
+  return nil
+end
+
+local function read_deflate_header(z, p)
+  if not enough(z.state, 16) then return nil end
+  if band(p[0], 15) == 8 and band(p[1], 32) == 0 and (p[0] * 256 + p[1]) % 31 == 0 then z.state.pos = 16 end
+  return read_block
+end
+
+local function read_gzip_header(z, p)
+  local state = z.state
+  local from, size = state.pos / 8, state.limit / 8
+  if not enough(state, 80) then return nil end
+  if p[from] ~= 31 or p[from + 1] ~= 139 or p[from + 2] ~= 8 then
+    return z.members > 0 and read_nothing -- anything may stand behind the last member
+  end
+  local flags, at = p[from + 3], from + 10
+  if band(flags, 4) ~= 0 then at = at + 2 + p[at] + p[at + 1] * 256 end
+  for flag = 3, 4 do -- name, comment
+    if band(flags, lshift(1, flag)) ~= 0 then
+      while at < size and p[at] ~= 0 do at = at + 1 end
+      at = at + 1
+    end
+  end
+  if band(flags, 2) ~= 0 then at = at + 2 end
+  if at > size then
+    if size - from > MAX_HEADER then return false end
+    return nil
+  end
+  z.members = z.members + 1
+  state.pos = at * 8
+  return read_block
+end
+
+local function read_trailer(z)
+  local state = z.state
+  if not z.gzip then return read_nothing end
+  local pos = band(state.pos + 7, -8) + 64
+  if pos > state.limit then return nil end
+  state.pos = pos
+  return read_gzip_header
+end
+
+local function next_block(z) return z.last and read_trailer or read_block end
+
+local function read_stored(z, p)
+  local state = z.state
+  local size = math.min(state.left, (state.limit - state.pos) / 8, WINDOW - state.at)
+  ffi.copy(state.window + state.at, p + state.pos / 8, size)
+  state.at, state.pos, state.left = state.at + size, state.pos + size * 8, state.left - size
+  if state.left == 0 then return next_block(z) end
+  if state.at < WINDOW then return nil end
+  return slide(z) and read_stored
+end
+
+local function read_codes(z, p)
+  local state = z.state
+  local codes, window = z.fixed and FIXED or state.codes, state.window
+  local literals, distances = codes.literals, codes.distances
+  local pos, limit, at, fault = state.pos, state.limit, state.at, false
+  while at < WINDOW do
+    local symbol, behind = decode(literals, p, pos)
+    if symbol < 0 then
+      fault = true
+      break
+    elseif symbol <= 256 then
+      if behind > limit then break end
+      pos = behind
+      if symbol == 256 then
+        state.pos, state.at = pos, at
+        return next_block(z)
+      end
+      window[at] = symbol
+      at = at + 1
+    else
+      symbol = symbol - 257
+      if symbol > 28 then
+        fault = true
+        break
+      end
+      local length = LENGTH[symbol] + bits(p, behind, LENGTH_BITS[symbol])
+      symbol, behind = decode(distances, p, behind + LENGTH_BITS[symbol])
+      if symbol < 0 or symbol > 29 then
+        fault = true
+        break
+      end
+      local distance = DISTANCE[symbol] + bits(p, behind, DISTANCE_BITS[symbol])
+      behind = behind + DISTANCE_BITS[symbol]
+      if behind > limit then break end
+      if distance > at then
+        fault = true
+        break
+      end
+      for i = at, at + length - 1 do window[i] = window[i - distance] end
+      pos, at = behind, at + length
+    end
+  end
+  state.pos, state.at = pos, at
+  if at >= WINDOW then return slide(z) and read_codes end
+  -- What looks wrong may be the zeros behind the input.
+  if fault and enough(state, LONGEST) then return false end
+  return nil
+end
+
+-- Reads the codes of a block.
+local function read_tables(z, p)
+  local state = z.state
+  local pos, limit, lengths = state.pos, state.limit, state.lengths
+  if not enough(state, 14) then return nil end
+  local symbols, all = 257 + bits(p, pos, 5), 258 + bits(p, pos, 5) + bits(p, pos + 5, 5)
+  local count = 4 + bits(p, pos + 10, 4)
+  pos = pos + 14
+  if pos + count * 3 > limit then return nil end
+  ffi.fill(lengths, 19)
+  for n = 0, count - 1 do
+    lengths[ORDER[n]] = bits(p, pos, 3)
+    pos = pos + 3
+  end
+  if symbols > 286 or not make_code(state.codes.literals, lengths, 19) then return false end
+  local n = 0
+  while n < all do
+    local symbol, behind = decode(state.codes.literals, p, pos)
+    local length, times = symbol, 1
+    if symbol == 16 then
+      length, times, behind = n > 0 and lengths[n - 1] or -1, 3 + bits(p, behind, 2), behind + 2
+    elseif symbol == 17 then
+      length, times, behind = 0, 3 + bits(p, behind, 3), behind + 3
+    elseif symbol == 18 then
+      length, times, behind = 0, 11 + bits(p, behind, 7), behind + 7
+    end
+    if behind > limit or symbol < 0 and pos + 15 > limit then return nil end
+    if length < 0 or n + times > all then return false end
+    ffi.fill(lengths + n, times, length)
+    n, pos = n + times, behind
+  end
+  state.pos = pos
+  return make_code(state.codes.literals, lengths, symbols)
+    and make_code(state.codes.distances, lengths + symbols, all - symbols)
+    and read_codes
+end
+
+function read_block(z, p)
+  local state = z.state
+  if not enough(state, 3) then return nil end
+  local last, kind = bits(p, state.pos, 1), bits(p, state.pos + 1, 2)
+  if kind == 0 then
+    local at = band(state.pos + 3 + 7, -8) / 8
+    if at * 8 + 32 > state.limit then return nil end
+    state.left = p[at] + p[at + 1] * 256
+    if state.left + p[at + 2] + p[at + 3] * 256 ~= 65535 then return false end
+    z.last, state.pos = last == 1, at * 8 + 32
+    return read_stored
+  end
+  z.last, state.pos = last == 1, state.pos + 3
+  z.fixed = kind == 1
+  if kind == 2 then return read_tables end
+  return z.fixed and read_codes
+end
+
+local FIRST_STEP = { gzip = read_gzip_header, ["x-gzip"] = read_gzip_header, deflate = read_deflate_header }
+
+-- Returns an inflater; nil if the encoding is not known.
+local function new_inflater(encoding)
+  local step = FIRST_STEP[encoding]
+  if not step then return nil end
+  return {
+    state = STATE(),
+    step = step, -- false behind a fault
+    gzip = step == read_gzip_header,
+    members = 0,
+    last = false, -- the block is
+    rest = "", -- input that the step needs again
+    input = 0, -- bytes
+    output = 0,
+  }
+end
+
+-- Returns what comes out of a piece.
+local function inflate(z, piece)
+  if not z.step then return "" end
+  local state = z.state
+  local text = z.rest .. piece
+  local padded = text .. PADDING
+  local p = ffi.cast(BYTES, padded)
+  z.input, z.parts = z.input + #piece, {}
+  state.limit = #text * 8
+  local step = z.step
+  while step do
+    z.step = step
+    step = step(z, p)
+  end
+  if step == false then z.step = false end
+  flush(z)
+  local used = rshift(state.pos, 3)
+  z.rest, state.pos = sub(text, used + 1), band(state.pos, 7)
+  return concat(z.parts)
+end
+
+-- --------------------------------------------------------------------------------------------------
 -- The response
 
 local TOKENS_PER_BYTE = 1 / 4 -- where nobody counted
@@ -1172,26 +1508,38 @@ local function read_response(h)
   if not attempt or attempt == "" then return end
   local headers = h:headers()
   local encoding = (headers:get("content-encoding") or "identity"):lower()
+  local inflater = new_inflater(encoding)
   local r = new_reader()
   r.stream = sub(headers:get("content-type") or "", 1, 17):lower() == "text/event-stream"
-  r.removing = r.stream and encoding == "identity" and sub(attempt, 1, 1) == ADDED
+  r.removing = r.stream and (inflater or encoding == "identity") and sub(attempt, 1, 1) == ADDED
   if r.removing then headers:remove("content-length") end
+  -- What nothing is taken out of stays compressed.
+  local inflating = r.removing and inflater
+  if inflating then headers:remove("content-encoding") end
   r.start = tonumber(match(attempt, "%d+"))
 
-  local last = nil
+  local last, fault = nil, nil
   for chunk in h:bodyChunks() do
     last = chunk
-    if encoding ~= "identity" then break end
+    if not inflater and encoding ~= "identity" or fault and not inflating then break end
     local size, held = chunk:length(), r.held
     if size > 0 then
       local text = chunk:getBytes(0, size)
-      local ok, err = pcall(read_piece, h, r, chunk, text)
-      if not ok then
-        if held ~= "" then chunk:setBytes(held .. text) end
-        error(err, 0) -- no more is read, and all passes
+      if inflater then text = inflate(inflater, text) end
+      if inflating then chunk:setBytes(text) end
+      if not fault and text ~= "" then
+        local ok, err = pcall(read_piece, h, r, chunk, text)
+        if not ok then
+          if held ~= "" then chunk:setBytes(held .. text) end
+          fault = err -- no more is read, and all passes
+        end
       end
     end
   end
+  if inflater and not inflater.step then
+    h:logWarn("llm_provider: an answer is faulty, or more than " .. MAX_RATIO .. " times as long as its " .. encoding)
+  end
+  if fault then error(fault, 0) end
   if not last then return end
 
   local held = r.stream and finish_events(r) or ""

@@ -229,10 +229,11 @@ class Translator:
             self._scoped.add((proxy, table.name))
         if scopes.needs_one(table):
             yield scopes.one_configuration(table, self._memory)
-        if scopes.needs_scopes(table) or (proxy, table.name) in self._scoped:
+        with_scopes = scopes.needs_scopes(table) or (proxy, table.name) in self._scoped
+        if with_scopes:
             yield from scopes.scoped_routes(table, self._memory)
         if proxy.captures:
-            yield from capture.routes(table, self._memory)
+            yield from capture.routes(table, self._memory, with_scopes=with_scopes)
 
     def _cluster(self, world: World, target: Destination, proxy: Proxy, *, has_certificate: bool) -> Resource:
         def make() -> Resource:

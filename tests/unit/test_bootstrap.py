@@ -43,6 +43,12 @@ def test_the_translator_reads_back_who_the_proxy_is() -> None:
     )
 
 
+def test_the_translator_reads_back_what_is_captured() -> None:
+    made = bootstrap(settings(capture=True, capture_dns=True, instance_ips=["10.0.0.7", "fd00::7"]))
+    proxy = Proxy.from_node(made["node"]["id"], made["node"]["metadata"])
+    assert (proxy.captures, proxy.captures_dns, proxy.has_ipv6) == (True, True, True)
+
+
 def test_of_the_workloads_certificate_only_the_paths_are_told() -> None:
     files = WorkloadCertificate("/certs/cert.pem", "/certs/key.pem", "/certs/ca.pem")
     node = bootstrap(settings(certificate=files))["node"]

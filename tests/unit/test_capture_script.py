@@ -1,4 +1,4 @@
-"""deploy/image/capture.sh without any rights: what it prints. What the rules do is in tests/envoy/test_capture.py."""
+"""deploy/image/capture.sh: the rules that it prints. What they do is in tests/envoy/test_capture.py."""
 
 import subprocess
 from pathlib import Path

@@ -443,6 +443,14 @@ def test_inject_names_what_it_cannot_follow(text: str, why: str) -> None:
             "Error: --workload-cert, --workload-key and --workload-ca belong together",
         ),
         (
+            ["bootstrap", "gateway", "--workload", "a", "--capture"],
+            "Error: --capture is for a sidecar: a gateway takes what is sent to it",
+        ),
+        (
+            ["bootstrap", "sidecar", "--workload", "a", "--capture-dns"],
+            "Error: --capture-dns needs --capture",
+        ),
+        (
             ["serve", "--config", ".", "--connect-to", "a:443:b"],
             "Error: Invalid value for '--connect-to': 'a:443:b' is not HOST:PORT:ADDR:PORT",
         ),
