@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 from crds.meta import BaseObject, Model
 from crds.problems import Finding, Path
 from crds.selection import SelectingSpec
-from crds.values import header_name, invalid
+from crds.values import header_name, invalid, refuse
 
 VERSIONS = ("v1", "v1beta1")
 """The versions that Istio serves, with one schema."""
@@ -323,8 +323,7 @@ class Condition(Model):
         if not self.values and not self.not_values:
             raise ValueError(f"at least one of `values` or `notValues` must be set for key {self.key}")
         findings = [*self._findings("values", self.values), *self._findings("notValues", self.not_values)]
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
     def _findings(self, member: str, values: tuple[str, ...]) -> Iterator[Finding]:
@@ -388,8 +387,7 @@ class AuthorizationPolicySpec(SelectingSpec):
         elif self.provider is not None:
             text = f"`provider` must not be with non CUSTOM action, found {self.action}"
             findings.append(Finding(("provider",), text))
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
     def _not_for_custom(self) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, StrictInt, WithJsonSchema, model_val
 
 from crds.meta import BaseObject, Model
 from crds.problems import Finding, Path
-from crds.values import FilePath, KubernetesName, Line, invalid, route_host
+from crds.values import FilePath, KubernetesName, Line, invalid, refuse, route_host
 
 _HTTP = frozenset({"http", "http2", "http_proxy", "grpc", "grpc-web"})
 _TLS = frozenset({"https", "tls"})
@@ -89,8 +89,7 @@ class ServerPort(Model):
             findings.append(Finding(("targetPort",), "targetPort has no impact on Gateways"))
         if not self.name:
             findings.append(Finding(("name",), "port name must be set"))
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
 
@@ -188,9 +187,7 @@ class ServerTLSSettings(Model):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        findings = list(self._findings())
-        if findings:
-            raise invalid(*findings)
+        refuse(self._findings())
         return self
 
     def _findings(self) -> Iterator[Finding]:
@@ -324,9 +321,7 @@ class Server(Model):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        findings = list(self._findings())
-        if findings:
-            raise invalid(*findings)
+        refuse(self._findings())
         return self
 
     def _findings(self) -> Iterator[Finding]:
@@ -402,8 +397,7 @@ class GatewaySpec(Model):
             for index, server in enumerate(self.servers)
             if names[server.port.name] > 1 and server.port.name in {s.port.name for s in self.servers[:index]}
         ]
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
 

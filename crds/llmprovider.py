@@ -31,6 +31,7 @@ from crds.values import (
     RuleName,
     describe,
     invalid,
+    refuse,
 )
 
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}")
@@ -129,8 +130,7 @@ class OpenAIConfig(Model):
         ]
         if self.api_key is not None and self.api_key_secret_ref is not None:
             findings.append(Finding((), "must have only one of apiKey and apiKeySecretRef"))
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
     def merged_over(self, base: "OpenAIConfig") -> "OpenAIConfig":
@@ -233,8 +233,7 @@ class ClientTLSSettings(Model):
             findings.append(Finding(("credentialName",), "has no effect without mode MUTUAL"))
         if self.insecure_skip_verify and self.ca_certificates:
             findings.append(Finding(("caCertificates",), "has no effect with insecureSkipVerify"))
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
 
@@ -406,8 +405,7 @@ class LLMProviderSpec(Model):
             seen.add((operation.method, operation.path))
         if "*" in self.export_to and len(self.export_to) > 1:
             findings.append(Finding(("exportTo",), "has no effect on other namespaces beside '*'"))
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
 

@@ -14,7 +14,7 @@ from crds.credentials import check_name
 from crds.meta import BaseObject, Model, StringMatch, cel
 from crds.problems import Finding
 from crds.selection import LabelSelectingSpec
-from crds.values import KubernetesName, Line, header_name, invalid
+from crds.values import KubernetesName, Line, header_name, invalid, refuse
 
 MAX_TOKENS = 2**32 - 2
 """The greatest limit: Envoy's ratelimit service counts in 32 bits, and the greatest number is no limit."""
@@ -217,7 +217,8 @@ class LimitTarget(Model):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.group == "networking.istio.io") is not (self.kind == "Gateway"):
-            raise ValueError(f"there is no kind '{self.kind}' in {self.group}")
+            group = "networking.istio.io" if self.kind == "Gateway" else "istio.alibabacloud.com"
+            raise invalid(Finding(("group",), f"must be '{group}' for a {self.kind}"))
         if self.section_name is not None and self.kind != "LLMRoute":
             raise invalid(Finding(("sectionName",), "is the rule of an LLMRoute"))
         return self
@@ -283,17 +284,17 @@ class LLMTokenRateLimitSpec(LabelSelectingSpec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        findings = list(self._findings())
-        if findings:
-            raise invalid(*findings)
+        refuse(self._findings())
         return self
 
     def _findings(self) -> list[Finding]:
         found = []
         if self.selector is not None and self.target_refs:
             found.append(Finding(("targetRefs",), "only one of selector and targetRefs can be set"))
-        if (self.mode is Mode.GLOBAL) is not (self.provider is not None):
-            found.append(Finding(("provider",), "is for mode Global, which needs it"))
+        if self.mode is Mode.GLOBAL and self.provider is None:
+            found.append(Finding(("provider",), "is missing: mode Global needs the service that counts"))
+        if self.mode is Mode.LOCAL and self.provider is not None:
+            found.append(Finding(("provider",), "is for mode Global only"))
         names = [key.name for key in self.keys]
         found += [
             Finding(("keys", index), f"is '{name}' again")
@@ -306,10 +307,11 @@ class LLMTokenRateLimitSpec(LabelSelectingSpec):
             if index == last and rule.match:
                 text = "the last rule must have no match: it is for all other requests, none is unlimited"
                 found.append(Finding(path, text))
-            elif index < last and len(rule.match) != len(self.keys):
-                found.append(Finding(path, f"must have {len(self.keys)} entries, one for each of keys"))
             elif index < last and not rule.match:
                 found.append(Finding(path, "is missing: only the last rule is for all other requests"))
+            elif index < last and len(rule.match) != len(self.keys):
+                number = f"{len(self.keys)} {'entry' if len(self.keys) == 1 else 'entries'}"
+                found.append(Finding(path, f"must have {number}, one for each of keys"))
             if self.mode is Mode.LOCAL and not self.local.long_windows:
                 found += [
                     Finding(

@@ -19,7 +19,7 @@ from crds.externalauthorization import Flag
 from crds.formats import JsonFormat, json_format, text_format
 from crds.meta import Model
 from crds.problems import Finding, Path, Problem, Severity, field_name
-from crds.values import Duration, FilePath, Line, Namespace, describe, invalid
+from crds.values import Duration, FilePath, Line, Namespace, describe, refuse
 
 
 def _names(text: str) -> frozenset[str]:
@@ -195,8 +195,7 @@ class MeshConfig(Model):
             if provider.name.lower() in names:
                 findings.append(Finding(("extensionProviders", index, "name"), "is used twice"))
             names.add(provider.name.lower())
-        if findings:
-            raise invalid(*findings)
+        refuse(findings)
         return self
 
     def warnings(self) -> list[Finding]:

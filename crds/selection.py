@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from crds.meta import Model
 from crds.problems import Finding, Path
-from crds.values import invalid
+from crds.values import invalid, refuse
 
 GATEWAY_NAME_LABEL = "gateway.networking.k8s.io/gateway-name"
 """Label of the workloads that a Gateway of the Kubernetes Gateway API was made for."""
@@ -35,8 +35,7 @@ def _match_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
             findings.append(Finding((), f"empty key is not supported in selector: {pair}"))
         if "*" in name or "*" in value:
             findings.append(Finding((name,), f"wildcard is not supported in selector: {pair}"))
-    if findings:
-        raise invalid(*findings)
+    refuse(findings)
     return labels
 
 

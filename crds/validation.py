@@ -31,6 +31,8 @@ _TEXTS = {
     "enum": "must be {expected}",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
+    "too_short": "must have {min_length} or more entries",
+    "too_long": "must have {max_length} entries at most, but has {actual_length}",
 }
 
 
@@ -38,8 +40,19 @@ def findings(model: type[BaseModel], error: ValidationError) -> list[Finding]:
     """Return what is wrong with a document that `model` refused."""
     # pydantic hides no input here; `_message` says of it only what type it has.
     details = error.errors(include_url=False)
-    # A default that depends on a broken field is no finding of its own.
-    return [_finding(model, detail) for detail in details if detail["type"] != "default_factory_not_called"]
+    # A default that depends on a broken field is no finding of its own, nor is a list that is too short without its
+    # broken items.
+    places = [detail["loc"] for detail in details]
+    return [
+        _finding(model, detail)
+        for detail in details
+        if detail["type"] != "default_factory_not_called"
+        and not (detail["type"] == "too_short" and any(_is_below(place, detail["loc"]) for place in places))
+    ]
+
+
+def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(place) > len(other) and place[: len(other)] == other
 
 
 def _finding(model: type[BaseModel], detail: ErrorDetails) -> Finding:

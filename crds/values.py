@@ -8,7 +8,7 @@ error that `invalid` makes. No text holds the value of a secret.
 import ipaddress
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, timedelta
 from decimal import Decimal
 from typing import Annotated, Any
@@ -65,6 +65,12 @@ def invalid(*findings: Finding) -> ValidationError:
             for finding in findings
         ],
     )
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raise what a validator found, if it found anything."""
+    if found := list(findings):
+        raise invalid(*found)
 
 
 def _is_ip(text: str) -> bool:
@@ -293,9 +299,7 @@ def _json_findings(value: object, path: Path) -> Iterator[Finding]:
 
 
 def _json_members(members: Mapping[str, Any]) -> Mapping[str, Any]:
-    findings = list(_json_findings(members, ()))
-    if findings:
-        raise invalid(*findings)
+    refuse(_json_findings(members, ()))
     return members
 
 

@@ -150,7 +150,7 @@ def _authentications(world: World) -> Iterator[tuple[ObjectKey, tuple[Condition,
 def _token_limits(world: World) -> Iterator[tuple[ObjectKey, tuple[Condition, ...]]]:
     for limits in world.token_rate_limits.values():
         for limit in limits:
-            notes = (*rate_limits.notes(limit), *global_rate_limits.notes(world, limit))
+            notes = (*rate_limits.notes(world, limit), *global_rate_limits.notes(world, limit))
             service = global_rate_limits.unresolved(world, limit)
             reason = "ProviderNotFound" if service else "TargetNotFound"
             resolved = _resolved(reason, [*service, *rate_limits.unresolved(world, limit)])

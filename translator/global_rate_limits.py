@@ -88,7 +88,10 @@ def unresolved(world: World, policy: LLMTokenRateLimit) -> list[Finding]:
 
 def notes(world: World, policy: LLMTokenRateLimit) -> list[Finding]:
     """Tell of what the service of a policy cannot do."""
-    if policy.spec.provider is None or _service(world, policy.spec.provider.name).refunds:
+    if policy.spec.provider is None:
+        return []
+    service = _service(world, policy.spec.provider.name)
+    if service.refunds or service is _NOWHERE:
         return []
     text = (
         "its service gives nothing back: what a request reserved and did not use stays counted, and what was "

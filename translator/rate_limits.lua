@@ -445,7 +445,8 @@ local function display(values)
 end
 
 local function limit_request(h, policies, members, size)
-  local stats, now, taken, charges, nearest, shadowed = h:stats(), os.time(), {}, {}, nil, false
+  local stats, now, taken, charges = h:stats(), os.time(), {}, {}
+  local enforced, asked_for, tried, shadowed -- the nearest limit of each sort
   for _, policy in ipairs(policies) do
     local values = values_of(h, policy, members)
     local rule, key = rule_of(h, policy, values), display(values)
@@ -457,7 +458,7 @@ local function limit_request(h, policies, members, size)
       charges[#charges + 1] = ("%d,%d,-,%d,%d,%s"):format(
         policy.index, rule.index, prompt, completion, key
       )
-      nearest = nearest or nearer(nil, policy, rule, key, rule.limits[1], rule.limits[1].tokens)
+      asked_for = asked_for or nearer(nil, policy, rule, key, rule.limits[1], rule.limits[1].tokens)
     else
       local of, slot = slot_of(stats, policy, values and table.concat(values, "\0") or "", now)
       for _, limit in ipairs(rule.limits) do
@@ -472,10 +473,14 @@ local function limit_request(h, policies, members, size)
             return refuse_limited(h, policy, rule, key, limit, used - wanted, wanted, now)
           end
           stats:counter(series("shadow_limited_total", policy, rule, key)):inc()
-          shadowed = true
+          shadowed = shadowed or nearer(nil, policy, rule, key, limit, 0)
         end
         show_remaining(stats, policy, rule, key, limit, used)
-        nearest = nearer(nearest, policy, rule, key, limit, limit.tokens - used)
+        if policy.shadow then
+          tried = nearer(tried, policy, rule, key, limit, limit.tokens - used)
+        else
+          enforced = nearer(enforced, policy, rule, key, limit, limit.tokens - used)
+        end
       end
       charges[#charges + 1] = ("%d,%d,%d,%d,%d,%s"):format(
         policy.index, rule.index, slot, prompt, completion, key
@@ -483,10 +488,10 @@ local function limit_request(h, policies, members, size)
     end
   end
   local state = h:streamInfo():filterState()
-  local of = nearest
+  local of = shadowed or enforced or asked_for or tried
   note(state, of.policy, of.rule, of.key, of.remaining, shadowed and "shadow" or "ok")
-  local shows = of.policy.mode == "local" and not of.policy.shadow
-  local told = shows and ("%d,%d,%d"):format(of.limit.tokens, math.max(0, of.remaining), until_reset(of.limit, now))
+  of = enforced -- a policy that is tried changes nothing that clients see
+  local told = of and ("%d,%d,%d"):format(of.limit.tokens, math.max(0, of.remaining), until_reset(of.limit, now))
   state:set(CHARGES, STRING, now .. ";" .. (told or "-") .. ";" .. table.concat(charges, ";"))
 end
 
@@ -609,15 +614,24 @@ local function settle_all(h, charges, began, ended)
   end
 end
 
--- What Envoy's ratelimit filter tells, in OpenAI's names.
+-- What Envoy's ratelimit filter tells, in OpenAI's names. Returns which part of its limit is left.
 local function rename_headers(headers)
   local limit = match(headers:get("x-ratelimit-limit") or "", "^%d+")
   local reset = tonumber(headers:get("x-ratelimit-reset") or nil)
   if not limit or not reset then return end
+  local remaining = headers:get("x-ratelimit-remaining") or "0"
   headers:replace("x-ratelimit-limit-tokens", limit)
-  headers:replace("x-ratelimit-remaining-tokens", headers:get("x-ratelimit-remaining") or "0")
+  headers:replace("x-ratelimit-remaining-tokens", remaining)
   headers:replace("x-ratelimit-reset-tokens", duration(reset))
   for _, name in ipairs({ "limit", "remaining", "reset" }) do headers:remove("x-ratelimit-" .. name) end
+  return remaining / limit
+end
+
+local function asks_service(charges)
+  for _, charge in ipairs(charges) do
+    if not charge.slot and not charge.policy.shadow then return true end
+  end
+  return false
 end
 
 -- A service that could not be asked, and failed open, has reserved nothing: what was used is all to be charged.
@@ -628,12 +642,18 @@ local function forget_reservations(charges)
 end
 
 local function count_limited(h, charges)
+  local told = false
   for _, charge in ipairs(charges) do
-    if not charge.slot and charge.limit == charge.rule.limits[1] and not charge.policy.shadow then
-      h:stats():counter(series("limited_total", charge.policy, charge.rule, charge.key)):inc()
+    local policy, rule, key = charge.policy, charge.rule, charge.key
+    if not charge.slot and charge.limit == rule.limits[1] and not policy.shadow then
+      h:stats():counter(series("limited_total", policy, rule, key)):inc()
+      if not told then
+        local remaining = tonumber(h:headers():get("x-ratelimit-remaining-tokens") or nil) or 0
+        note(h:streamInfo():filterState(), policy, rule, key, remaining, "limited")
+        told = true
+      end
     end
   end
-  h:streamInfo():filterState():set("llm.ratelimit.decision", STRING, "limited")
 end
 
 local function read_response(h)
@@ -643,16 +663,16 @@ local function read_response(h)
   local charges, began, told = charges_of(text, all_policies(state))
   local headers = h:headers()
   if not headers:get("x-ratelimit-limit") then forget_reservations(charges) end
+  local part = asks_service(charges) and rename_headers(headers)
   local limit, remaining, reset = match(told, "^(%d+),(%d+),(%d+)$")
-  if limit then
+  local status = headers:get(":status")
+  local is_limited = status == "429" and headers:get("x-envoy-ratelimited")
+  if limit and not is_limited and not (part and part <= remaining / limit) then
     headers:replace("x-ratelimit-limit-tokens", limit)
     headers:replace("x-ratelimit-remaining-tokens", remaining)
     headers:replace("x-ratelimit-reset-tokens", duration(tonumber(reset)))
-  else
-    rename_headers(headers)
   end
-  local status = headers:get(":status")
-  if status == "429" and headers:get("x-envoy-ratelimited") then
+  if is_limited then
     headers:remove("x-envoy-ratelimited")
     count_limited(h, charges)
   end

@@ -115,21 +115,31 @@ def unresolved(world: World, policy: LLMTokenRateLimit) -> list[Finding]:
             text = f"{target.kind} {policy.namespace}/{target.name} does not exist; nothing is limited by it"
             found.append(Finding((*path, "name"), text))
         elif target.section_name is not None and target.section_name not in _rule_names(match):
-            text = f"LLMRoute {policy.namespace}/{target.name} has no rule '{target.section_name}'"
+            text = (
+                f"LLMRoute {policy.namespace}/{target.name} has no rule '{target.section_name}'; "
+                "nothing is limited by it"
+            )
             found.append(Finding((*path, "sectionName"), text))
     return found
 
 
-def notes(policy: LLMTokenRateLimit) -> list[Finding]:
+def notes(world: World, policy: LLMTokenRateLimit) -> list[Finding]:
     """Tell of what a valid policy does otherwise than one may think."""
-    return [
-        Finding(
-            ("spec", "keys", index, "header"),
-            "the client chooses its value: who wants more than one share sends another one",
-        )
-        for index, key in enumerate(policy.spec.keys)
-        if key.header is not None
-    ]
+    found = []
+    for index, key in enumerate(policy.spec.keys):
+        path = ("spec", "keys", index)
+        if key.header is not None:
+            text = "the client chooses its value: who wants more than one share sends another one"
+            found.append(Finding((*path, "header"), text))
+        elif key.claim is not None and not world.request_authentications:
+            found.append(Finding((*path, "claim"), _never_there("RequestAuthentication checks tokens")))
+        elif key.attribute is Attribute.CLIENT and not world.api_key_authentications:
+            found.append(Finding((*path, "attribute"), _never_there("APIKeyAuthentication names clients")))
+    return found
+
+
+def _never_there(what: str) -> str:
+    return f"no {what}, so that all requests share one count of the last rule"
 
 
 def _objects(world: World, kind: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -546,8 +547,8 @@ NOT_READ = {
     "no usage": Script([dump(CHAT)]),
     "usage null": Script([dump({**CHAT, "usage": None})]),
     "usage of another kind": Script([dump({**CHAT, "usage": {"type": "duration", "seconds": 9}})]),
-    "compressed": Script([b"\x1f\x8b\x08usage"], headers=(*JSON, ("content-encoding", "gzip"))),
-    "compressed events": Script([b"\x1f\x8b\x08", b"\0"], headers=(*EVENTS, ("content-encoding", "gzip"))),
+    "another encoding": Script([b"\x1f\x8b\x08", b"\0"], headers=(*EVENTS, ("content-encoding", "br"))),
+    "two encodings": Script([b"\x1f\x8b\x08", b"\0"], headers=(*JSON, ("content-encoding", "gzip, gzip"))),
     "not JSON": Script([b'"usage": {"prompt_tokens": 1, '], headers=(("content-type", "text/plain"),)),
     "events without content": Script([events({"error": {"message": "overloaded"}})], headers=EVENTS),
 }
@@ -800,6 +801,135 @@ def test_a_failed_attempt_leaves_nothing(world: World) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Compressed answers. Nobody asks for them, and some providers send them all the same
+
+GZIP, ZLIB, DEFLATE = 31, 15, -15
+"""What zlib calls the container: RFC 1952, RFC 1950, none (RFC 1951)."""
+
+
+def compressed(
+    *parts: bytes, container: int = GZIP, level: int = 6, strategy: int = zlib.Z_DEFAULT_STRATEGY
+) -> bytes:
+    """Compress; behind each part the compressor is flushed, as servers do with events."""
+    made = zlib.compressobj(level, zlib.DEFLATED, container, strategy=strategy)
+    return b"".join(made.compress(part) + made.flush(zlib.Z_SYNC_FLUSH) for part in parts) + made.flush()
+
+
+def encoded(headers: Sequence[tuple[str, str]], encoding: str = "gzip") -> Sequence[tuple[str, str]]:
+    return (*headers, ("content-encoding", encoding))
+
+
+def split(stream: bytes) -> list[bytes]:
+    return [event + b"\n\n" for event in stream.removesuffix(b"\n\n").split(b"\n\n")]
+
+
+WAYS = {
+    "gzip": ("gzip", {}),
+    "x-gzip": ("X-Gzip", {"level": 1}),
+    "best": ("gzip", {"level": 9}),
+    "fixed codes": ("gzip", {"strategy": zlib.Z_FIXED}),
+    "no copies": ("gzip", {"strategy": zlib.Z_HUFFMAN_ONLY}),
+    "stored": ("gzip", {"level": 0}),
+    "deflate": ("deflate", {"container": ZLIB}),
+    "bare deflate": ("deflate", {"container": DEFLATE}),
+}
+
+
+@pytest.mark.parametrize(("encoding", "how"), WAYS.values(), ids=WAYS)
+def test_tokens_of_compressed_answers(world: World, encoding: str, how: dict[str, int]) -> None:
+    """Where nothing is to be taken out, the client gets the provider's bytes."""
+    names = {}
+    for shape in (SHAPES["chat"], SHAPES["embeddings"], SHAPES["Anthropic, stream"]):
+        body = compressed(*(split(shape.body) if shape.stream else [shape.body]), **how)
+        for size in (0, 1, 7, 100):
+            headers = (*encoded(shape.headers, encoding), ("content-length", str(len(body))))
+            name, answer, received = world.send(Script(cut(body, size), headers=headers), path=shape.path)
+            assert received == body
+            assert answer["content-encoding"] == encoding
+            assert answer["content-length"] == str(len(body))
+            names[name] = shape
+    log = world.all_logged(list(names))
+    for name, shape in names.items():
+        assert told(log[name]) == shape.expected
+
+
+@pytest.mark.parametrize(("encoding", "how"), WAYS.values(), ids=WAYS)
+def test_the_usage_chunk_is_taken_out_of_a_compressed_stream(
+    world: World, encoding: str, how: dict[str, int]
+) -> None:
+    """The rest is what the client gets, no longer compressed."""
+    for body in (compressed(*split(WITH_USAGE), **how), compressed(WITH_USAGE, **how)):
+        for size in (0, 1, 100) if len(body) < 5000 else (0, 1000):
+            name, answer, received = world.send(
+                Script(cut(body, size), headers=encoded(EVENTS, encoding)), body=b'{"stream":true}'
+            )
+            assert received == WITHOUT_USAGE
+            assert answer["content-encoding"] is None
+            assert told(world.logged(name)) == OPENAI
+
+
+def test_a_long_compressed_answer(world: World) -> None:
+    """Copies reach back by up to 32 KB; and gzip may consist of several members."""
+    words = b" ".join(b"%x" % zlib.crc32(b"%d" % number) for number in range(3600)).decode()
+    body = dump({"id": words * 12, "usage": {"prompt_tokens": 3, "completion_tokens": 72}})
+    half = len(body) // 2
+    for sent in (compressed(body, level=9), compressed(body[:half]) + compressed(body[half:]) + b"garbage"):
+        for size in (0, 999):
+            name, _, received = world.send(Script(cut(sent, size), headers=encoded(JSON)))
+            assert received == sent
+            assert told(world.logged(name)) == {
+                "prompt": "3",
+                "completion": "72",
+                "total": "75",
+                "usage": "reported",
+            }
+
+
+def test_compressed_events_are_passed_on_as_they_come(world: World) -> None:
+    """And a client that goes away has its tokens estimated, also in what stays compressed."""
+    said = [chunk({"role": "assistant", "content": ""}), *(chunk({"content": "word"}) for _ in range(40))]
+    made = zlib.compressobj(wbits=GZIP)
+    pieces = [made.compress(events(one, end=b"")) + made.flush(zlib.Z_SYNC_FLUSH) for one in said]
+    world.provider.answer(Script(pieces, headers=encoded(EVENTS), end="wait"))
+    for name, body in (("gone-decoded", b'{"stream":true}'), ("gone-gzip", b'{"messages":[]}')):
+        connection = world.connect()
+        connection.request("POST", "/", body, {"host": "h1", "x-test": name})
+        response = connection.getresponse()
+        received, decoder = b"", zlib.decompressobj(wbits=GZIP)
+        while received != events(*said, end=b""):
+            piece = response.read1()
+            received += piece if name == "gone-decoded" else decoder.decompress(piece)
+        response.close()
+        connection.close()
+        line = world.logged(name)
+        assert line["flags"] == "DC"
+        assert line["usage"] == "estimated"
+        assert 32 <= int(line["completion"]) <= 40  # an estimate is told when it grew by an eighth
+
+
+def test_what_is_no_gzip(world: World) -> None:
+    """It harms nobody: what stays compressed passes as it is, what does not ends where the fault is."""
+    for sent in (b"{}", b"plain text", compressed(b"x" * 100)[:-20] + b"\xff" * 40):
+        name, _, received = world.send(Script(cut(sent, 9), headers=encoded(JSON)))
+        assert received == sent
+        assert told(world.logged(name)) == {"usage": "unknown"}
+    good = compressed(WITHOUT_USAGE)
+    faulty = good[: len(good) // 2] + b"\xff" * 400
+    _, _, received = world.send(Script([faulty], headers=encoded(EVENTS)), body=b'{"stream":true}')
+    assert WITHOUT_USAGE.startswith(received[:100])
+
+
+def test_a_decompression_bomb(world: World) -> None:
+    """What is beyond a hundred times the input, and a megabyte, is neither read nor passed on."""
+    bomb = compressed(b" " * 50_000_000 + SHAPES["chat"].body)
+    name, _, received = world.send(Script([bomb], headers=encoded(JSON)))
+    assert received == bomb
+    assert told(world.logged(name)) == {"usage": "unknown"}
+    _, _, received = world.send(Script([bomb], headers=encoded(EVENTS)), body=b'{"stream":true}')
+    assert 1_000_000 < len(received) < 200 * len(bomb) < 12_000_000
+
+
+# --------------------------------------------------------------------------------------------------
 # Time
 
 
@@ -831,3 +961,5 @@ def test_a_fault_of_the_script_does_no_harm_to_the_body(world: World, size: int)
     assert received == WITH_USAGE
     assert "prompt" not in world.logged(name)
     assert "llm_provider:" in world.envoy.log.read_text()
+    script = Script(cut(compressed(WITH_USAGE), size), headers=encoded(EVENTS))
+    assert world.send(script, host="h2-broken", body=b'{"stream":true}')[2] == WITH_USAGE

@@ -77,6 +77,16 @@ def test_rules_without_a_name_get_one() -> None:
             "spec.rules[0].match: must have 2 entries, one for each of keys",
         ),
         (
+            {"keys": [USER], "rules": [{**ALICE, "match": [{}, {}]}, DEFAULT]},
+            "spec.rules[0].match: must have 1 entry, one for each of keys",
+        ),
+        (
+            {"keys": [USER], "rules": [{**DEFAULT, "name": "b"}, DEFAULT]},
+            "spec.rules[0].match: is missing: only the last rule is for all other requests",
+        ),
+        ({"rules": []}, "spec.rules: must have 1 or more entries"),
+        ({"rules": [{"limits": LIMITS * 9}]}, "spec.rules[0].limits: must have 8 entries at most, but has 9"),
+        (
             {"rules": [DEFAULT, {**DEFAULT, "name": "b"}]},
             "spec.rules[0].match: is missing: only the last rule is for all other requests",
         ),
@@ -95,15 +105,15 @@ def test_rules_without_a_name_get_one() -> None:
                 "counts for itself and begins anew when it restarts"
             ),
         ),
-        ({"mode": "Global"}, "spec.provider: is for mode Global, which needs it"),
-        ({"provider": {"name": "a"}}, "spec.provider: is for mode Global, which needs it"),
+        ({"mode": "Global"}, "spec.provider: is missing: mode Global needs the service that counts"),
+        ({"provider": {"name": "a"}}, "spec.provider: is for mode Global only"),
         (
             {"selector": {}, "targetRefs": [{"kind": "LLMRoute", "name": "a"}]},
             "spec.targetRefs: only one of selector and targetRefs can be set",
         ),
         (
             {"targetRefs": [{"kind": "Gateway", "name": "a"}]},
-            "spec.targetRefs[0]: there is no kind 'Gateway' in istio.alibabacloud.com",
+            "spec.targetRefs[0].group: must be 'networking.istio.io' for a Gateway",
         ),
         (
             {"targetRefs": [{"kind": "LLMProvider", "name": "a", "sectionName": "b"}]},
@@ -116,6 +126,13 @@ def test_what_is_wrong_is_said(spec: Any, expected: str) -> None:
     policy, problems = read(spec)
     assert policy is None
     assert expected in problems
+
+
+def test_a_mistake_in_the_only_item_of_a_list_is_told_once() -> None:
+    _, problems = read({"rules": [{"limits": [{"tokens": 1, "unit": "Week"}]}]})
+    assert problems == [
+        "spec.rules[0].limits[0].unit: must be 'Second', 'Minute', 'Hour', 'Day' or 'Month'",
+    ]
 
 
 def test_a_field_without_effect_is_told_of() -> None:
