@@ -1537,7 +1537,7 @@ local function read_response(h)
     end
   end
   if inflater and not inflater.step then
-    h:logWarn("llm_provider: an answer is faulty, or more than " .. MAX_RATIO .. " times as long as its " .. encoding)
+    h:logWarn("llm_provider: faulty " .. encoding .. ", or of more than " .. MAX_RATIO .. " times its length")
   end
   if fault then error(fault, 0) end
   if not last then return end

@@ -17,7 +17,7 @@ from llmplane.local import free_port
 from tests.envoy.conftest import DASHSCOPE, KEYS, Lab, running_lab
 from tests.support.client import Answer, GatewayClient
 from tests.support.identities import MeshCA, Pair
-from tests.support.objects import backends, gateway, provider, route, server
+from tests.support.objects import backends, gateway, provider, rate_limit, route, server
 from tests.support.policies import istio_object
 from tests.support.ratelimit import (
     RateLimitServer,
@@ -112,7 +112,7 @@ class Limited:
         self.service = service
         self._gateway = GatewayClient(lab.mesh.gateways[0].bind_address)
 
-    def apply(self, tokens: int = 1000, **spec: Any) -> None:
+    def apply(self, *more: str, tokens: int = 1000, **spec: Any) -> None:
         """Give all workloads so many tokens, for each value of the header x-user."""
         limit = {"tokens": tokens, "unit": "Month"}
         default = {
@@ -132,6 +132,7 @@ class Limited:
                 "istio-system/shared",
                 {**default, **spec},
             ),
+            *more,
         )
 
     def by_sidecar(self, user: str = "alice", **options: Any) -> Answer:
@@ -307,6 +308,19 @@ def test_a_service_can_ask_for_a_certificate_of_the_mesh(limited: Limited) -> No
     limited.apply(provider={"name": "guarded"})
     assert limited.by_sidecar().status == 200
     assert limited.by_gateway().status == 503
+
+
+def test_beside_a_limit_of_an_envoy_the_nearest_is_told_and_the_one_that_refused(limited: Limited) -> None:
+    def told(answer: Answer) -> tuple[int, str]:
+        assert "x-ratelimit-limit" not in answer.headers
+        return answer.status, answer.headers["x-ratelimit-limit-tokens"]
+
+    own = rate_limit("istio-system/own", rules=[{"limits": [{"tokens": 50 * RESERVED, "unit": "Hour"}]}])
+    limited.apply(own, tokens=100 * RESERVED)
+    assert told(limited.by_sidecar("near-its-own")) == (200, str(50 * RESERVED))
+    limited.apply(own, tokens=RESERVED)
+    answers = [told(limited.by_sidecar("near-the-shared")) for _ in range(2)]
+    assert answers == [(200, str(RESERVED)), (429, str(RESERVED))]
 
 
 def test_in_shadow_mode_nothing_is_refused(limited: Limited) -> None:

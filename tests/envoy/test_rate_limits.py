@@ -381,6 +381,16 @@ def test_shadow_counts_and_refuses_nothing(lab: Lab) -> None:
     assert metric(lab, "tokens_total", name) == 3 * USED
 
 
+def test_what_is_tried_changes_nothing_that_clients_see_of_what_holds(lab: Lab) -> None:
+    tried, holds = unique(), unique()
+    lab.apply(PROVIDER, limit(USED, tried, shadow=True), limit(100 * USED, holds))
+    answers = [ask(lab) for _ in range(2)]
+    assert [answer.status for answer in answers] == [200, 200]
+    assert [answer.headers["x-ratelimit-limit-tokens"] for answer in answers] == [str(100 * USED)] * 2
+    line = {"policy": f"default/{tried}", "rule": "default", "key": "*", "decision": "shadow"}
+    eventually(lambda: line in _log(lab))  # the log tells of the policy that would have refused
+
+
 # --------------------------------------------------------------------------------------------------
 # What is seen
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-import llmplane.cli
+import llmplane.commands.proxy
+import llmplane.commands.serve
 import llmplane.envoy
 from llmplane.certificates import CertificateAuthority
 from llmplane.cli import main
@@ -81,9 +82,13 @@ def error_of(*arguments: str) -> str:
 # Help
 
 
-@pytest.mark.parametrize("name", main.commands)
+CONTEXT = click.Context(main)
+
+
+@pytest.mark.parametrize("name", main.list_commands(CONTEXT))
 def test_each_command_and_each_option_has_a_help_text(name: str) -> None:
-    command = main.commands[name]
+    command = main.get_command(CONTEXT, name)
+    assert command is not None
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):
@@ -545,7 +550,7 @@ def test_a_proxy_whose_credentials_are_missing_is_told_before_envoy_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    monkeypatch.setattr(llmplane.cli, "find_envoy", lambda: Path("/bin/true"))
+    monkeypatch.setattr(llmplane.commands.proxy, "find_envoy", lambda: Path("/bin/true"))
     text = error_of("proxy", "sidecar", "--workload", "sleep", "--xds-token-file", "token")
     assert text == f"Error: {folder}/token: cannot be read: No such file or directory"
 
@@ -566,7 +571,7 @@ def test_a_path_that_is_too_long_for_the_admin_socket_is_told(
     deep = folder / ("long" * 30)
     deep.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    monkeypatch.setattr(llmplane.cli, "find_envoy", lambda: Path("/bin/true"))
+    monkeypatch.setattr(llmplane.commands.proxy, "find_envoy", lambda: Path("/bin/true"))
     text = error_of("proxy", "sidecar", "--workload", "sleep")
     assert text.endswith("is too long for a Unix socket: set XDG_RUNTIME_DIR to a shorter path")
 
@@ -574,7 +579,7 @@ def test_a_path_that_is_too_long_for_the_admin_socket_is_told(
 def test_another_users_runtime_directory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody can put a link into /tmp."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    monkeypatch.setattr(llmplane.cli, "find_envoy", lambda: Path("/bin/true"))
+    monkeypatch.setattr(llmplane.commands.proxy, "find_envoy", lambda: Path("/bin/true"))
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     directory = llmplane.envoy.runtime_directory("a").parent
@@ -590,5 +595,5 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setattr(llmplane.cli, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(llmplane.commands.serve, "log_to_stderr", lambda: None)
     assert error_of("serve", "--config", ".") == "Error: this user has no home directory: set XDG_STATE_HOME"

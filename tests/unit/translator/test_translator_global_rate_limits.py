@@ -228,5 +228,5 @@ def test_the_example_is_complete_and_the_deployed_service_knows_the_domain() -> 
 def test_what_a_service_cannot_do_is_told() -> None:
     (finding,) = of_policy(world(limit(), mesh=mesh()))["Accepted"].findings
     assert "its service gives nothing back" in finding.message
-    assert not of_policy(world(limit()))["Accepted"].findings, "nothing is known of a service that is not there"
+    assert not of_policy(world(limit()))["Accepted"].findings, "nothing is known of no service"
     assert not of_policy(world(limit(), mesh=mesh(refunds=True)))["Accepted"].findings

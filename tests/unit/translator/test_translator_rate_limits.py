@@ -7,6 +7,7 @@ import pytest
 from crds.problems import ObjectKey
 from crds.unreadable import UnreadablePolicy
 from tests.support.objects import backends, gateway, provider, rate_limit, route, server, world
+from tests.support.policies import api_key_authentication, request_authentication
 from translator import policies, rate_limits
 from translator.conditions import conditions
 from translator.features import Feature
@@ -132,6 +133,27 @@ def test_targets_that_do_not_exist_are_told_of() -> None:
     _, resolved = found[ObjectKey("LLMTokenRateLimit", "default", "a")]
     assert (resolved.status, resolved.reason) == (False, "TargetNotFound")
     assert resolved.message == (
-        "spec.targetRefs[1].sectionName: LLMRoute default/chat has no rule 'other'; spec.targetRefs[2].name: "
-        "LLMProvider default/nobody does not exist; nothing is limited by it"
+        "spec.targetRefs[1].sectionName: LLMRoute default/chat has no rule 'other'; nothing is limited by it; "
+        "spec.targetRefs[2].name: LLMProvider default/nobody does not exist; nothing is limited by it"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "policy"),
+    [
+        (
+            {"claim": "sub"},
+            request_authentication({"issuer": "https://issuer.example.com"}),
+        ),
+        ({"attribute": "Client"}, api_key_authentication("keys")),
+    ],
+)
+def test_a_key_that_no_request_can_have_is_told_of(key: dict[str, str], policy: str) -> None:
+    def findings(*more: str) -> list[str]:
+        found = conditions(world(*OBJECTS, limit("a", keys=[key]), *more))
+        accepted, _ = found[ObjectKey("LLMTokenRateLimit", "default", "a")]
+        return [finding.message for finding in accepted.findings]
+
+    (text,) = findings()
+    assert text.endswith("so that all requests share one count of the last rule")
+    assert findings(policy) == []
