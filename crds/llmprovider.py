@@ -81,7 +81,14 @@ class OpenAIConfig(Model):
     `defaults` or in `overrides`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"not": {"required": ["apiKey", "apiKeySecretRef"]}})
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            {
+                "must have only one of apiKey and apiKeySecretRef": "!has(self.apiKey)"
+                " || !has(self.apiKeySecretRef)"
+            }
+        )
+    )
 
     model: Line | None = None
     """The model, whatever the client asks for."""

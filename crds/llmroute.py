@@ -124,7 +124,9 @@ class LLMBackendRef(Model):
     """A destination: an LLMProvider, or a backend in the cluster."""
 
     model_config = ConfigDict(
-        json_schema_extra={"oneOf": [{"required": ["providerHost"]}, {"required": ["backendRef"]}]}
+        json_schema_extra=cel(
+            {"must have one of providerHost and backendRef": "has(self.providerHost) != has(self.backendRef)"}
+        )
     )
 
     provider_host: Host | None = None

@@ -90,9 +90,12 @@ class LimitKey(Model):
     """What requests are told apart by: a header, a claim or an attribute."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [{"required": ["header"]}, {"required": ["claim"]}, {"required": ["attribute"]}]
-        }
+        json_schema_extra=cel(
+            {
+                "must have exactly one of header, claim and attribute": "[has(self.header), has(self.claim),"
+                " has(self.attribute)].exists_one(given, given)"
+            }
+        )
     )
 
     header: (

@@ -40,8 +40,8 @@ def findings(model: type[BaseModel], error: ValidationError) -> list[Finding]:
     """Return what is wrong with a document that `model` refused."""
     # pydantic hides no input here; `_message` says of it only what type it has.
     details = error.errors(include_url=False)
-    # A default that depends on a broken field is no finding of its own, nor is a list that is too short without its
-    # broken items.
+    # A default that depends on a broken field is no finding of its own, nor is a list that is too short
+    # without its broken items.
     places = [detail["loc"] for detail in details]
     return [
         _finding(model, detail)

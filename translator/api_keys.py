@@ -132,10 +132,11 @@ def credentials(world: World, policies: Iterable[APIKeyAuthentication]) -> Crede
         findings = []
         for index, ref in enumerate(policy.spec.credential_refs):
             path = ("spec", "credentialRefs", index, "name")
-            secret = world.secrets.get(ObjectKey("Secret", policy.namespace, ref.name))
+            wanted = ObjectKey("Secret", policy.namespace, ref.name)
+            secret = world.secrets.get(wanted)
             if secret is None:
                 is_complete = False
-                text = f"Secret {policy.namespace}/{ref.name} does not exist; its clients are answered 401"
+                text = f"{world.lacks(wanted)}; its clients are answered 401"
                 findings.append(Finding(path, text))
                 continue
             if not secret.keys:

@@ -206,7 +206,8 @@ def _overlap(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 
 def _resolved_secrets(world: World, provider: LLMProvider, memory: Memory) -> Condition:
     objects = (provider, *map(world.secrets.get, provider.secrets)) if provider.secrets else (provider,)
-    key = (*map(id, objects), bool(world.held) and provider.key in world.held)
+    is_held = bool(world.held) and provider.key in world.held
+    key = (*map(id, objects), is_held, world.unread_secrets.get(provider.namespace))
     return memory.recall(key, objects, lambda: _secrets(world, provider))
 
 

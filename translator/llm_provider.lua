@@ -3,8 +3,11 @@
 -- sends to another provider is made here anew, from that provider's data.
 --
 -- The data are the filter's `filter_context`; translator/lua.py makes it and documents it:
---   {id, host, prefix, max_bytes, operations: ["METHOD suffix [path]" or ["METHOD suffix [path]", member...]]}
---   member: [mode, JSON text, key, inner key or none]
+--   {id, host, data: prefix <US> models <US> max_bytes or none, and for each operation
+--     <RS> METHOD suffix [path], then, if the body is spliced, <US>, and for each member
+--       mode <US> JSON text <US> key <US> inner key or none <US>}
+--   <RS> and <US> are the bytes 30 and 31, which no JSON text has; keys are JSON texts, too. It is one text because
+--   Envoy copies the filter_context for each request.
 --
 -- The body is not decoded. Its bytes are checked against the JSON grammar in one pass, in which the places of
 -- the configured members are found; only these bytes change, so big integers, number formats, key order and
@@ -18,7 +21,7 @@
 
 local ffi = require("ffi")
 local BYTES = ffi.typeof("const uint8_t *")
-local byte, find, match, sub = string.byte, string.find, string.match, string.sub
+local byte, find, gmatch, match, sub = string.byte, string.find, string.gmatch, string.match, string.sub
 local concat = table.concat
 local band, bor, lshift, rshift = bit.band, bit.bor, bit.lshift, bit.rshift
 
@@ -226,7 +229,7 @@ end
 --   node:  {entries = in configured order, by_key, lengths = set of key lengths, longest,
 --           text = all entries, for insertion;
 --           if_stream = the entry that is to be inserted when the final `stream` is true, or nil: no other;
---           in the root also model = its entry, with the name for logs, and stream = its entry or nil}
+--           in the root also model = its entry, with the name for logs, and stream = its entry}
 --   entry: {key, value, text = '"key":value', force, node = of the inner object or nil,
 --           seen = mark of the last pass that met it}
 
@@ -281,9 +284,8 @@ end
 
 local function merge_plan(members)
   local root = new_node()
-  for n = 2, #members do -- behind the operation's text
-    local member = members[n]
-    local mode, value, key, inner = member[1], member[2], member[3], member[4]
+  for mode, value, key, inner in gmatch(members, "([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)\31") do
+    key = unescape(sub(key, 2, -2), math.huge)
     local force, if_stream = mode == "force", mode == "fill_stream"
     local entry = root.by_key[key]
     if not entry then
@@ -294,9 +296,9 @@ local function merge_plan(members)
         root.entries[#root.entries + 1] = entry
       end
     end
-    if inner then
+    if inner ~= "" then
       entry.node = entry.node or new_node()
-      local leaf = add_entry(entry.node, inner)
+      local leaf = add_entry(entry.node, unescape(sub(inner, 2, -2), math.huge))
       if if_stream then
         entry.node.if_stream = leaf
       else
@@ -309,10 +311,10 @@ local function merge_plan(members)
     entry.force = entry.force or force -- an inner member that is forced replaces a value that is no object
   end
   finish(root)
-  -- the model is looked at even where nothing is configured for it
+  -- the model and `stream` are looked at even where nothing is configured for them
   root.model = root.by_key.model or add_entry(root, "model")
   root.model.name = root.model.value and model_name(root.model.value)
-  if root.if_stream then root.stream = root.by_key.stream or add_entry(root, "stream") end
+  root.stream = root.by_key.stream or add_entry(root, "stream")
   return root
 end
 
@@ -330,23 +332,22 @@ local function operation_name(suffix)
   return OPERATION_NAMES[suffix] or gemini and "generate_content" or sub(suffix, 2)
 end
 
-local MAX_MODELS = 100 -- that clients choose and metrics show
-
 local function provider_plan(context)
-  local plan = { host = context:get("host"), models = context:get("models") or MAX_MODELS, operations = {} }
-  plan.max_bytes = context:get("max_bytes") or math.huge
-  local prefix, served = context:get("prefix"), {}
-  for n, listed in ipairs(context:get("operations")) do
-    local spliced = type(listed) == "table"
-    local method, suffix, path = match(spliced and listed[1] or listed, "^(%S+) (%S+) ?(%S*)$")
-    plan.operations[n] = {
+  local prefix, models, max_bytes, operations = match(context:get("data"), "^(.-)\31(%d+)\31(%d*)(.*)$")
+  local plan = { host = context:get("host"), models = tonumber(models), operations = {} }
+  plan.max_bytes = tonumber(max_bytes) or math.huge
+  local served = {}
+  for text, members in gmatch(operations, "\30([^\30\31]+)([^\30]*)") do
+    local method, suffix, path = match(text, "^(%S+) (%S+) ?(%S*)$")
+    plan.operations[#plan.operations + 1] = {
       method = method,
       suffix = suffix,
       name = operation_name(suffix),
       path = path ~= "" and path or prefix .. suffix,
-      root = spliced and merge_plan(listed) or nil,
+      root = members ~= "" and merge_plan(sub(members, 2)) or nil,
+      streams = find(suffix, ":stream", 1, true) ~= nil, -- Gemini's, whatever the body says
     }
-    served[n] = method .. " " .. suffix
+    served[#served + 1] = method .. " " .. suffix
   end
   plan.own = plan.operations[1]
   plan.served = concat(served, ", ")
@@ -472,8 +473,8 @@ end
 local output = require("string.buffer").new()
 local KEPT_OUTPUT = 4 * 1024 * 1024
 
--- Returns the body with the members of root merged in, its model or nil, and whether members for streams were
--- inserted; or nil and what is wrong.
+-- Returns the body with the members of root merged in, its model or nil, whether it asks for a stream, and whether
+-- members for streams were inserted; or nil and what is wrong.
 local function splice(s, root)
   local p = ffi.cast(BYTES, s)
   edits, lates, model_from, stream_from, last_four, fault = 0, 0, nil, nil, #s - 4, "invalid JSON"
@@ -489,7 +490,8 @@ local function splice(s, root)
   local model = root.model.name
   if model_from and not root.model.force then model = model_name(sub(s, model_from + 1, model_to)) end
 
-  local added = lates > 0 and streams(p, root.stream)
+  local streaming = streams(p, root.stream)
+  local added = streaming and lates > 0
   if added then
     for n = 1, lates do edit_text[late_edit[n]] = late_text[n] end
   end
@@ -502,15 +504,28 @@ local function splice(s, root)
   end
   local result = output:putcdata(p + copied, #s - copied):tostring()
   if #s > KEPT_OUTPUT then output:free() end
-  return result, model, added
+  return result, model, streaming, added
 end
 
 -- --------------------------------------------------------------------------------------------------
 -- The request
 
+-- Filter state that logs and metrics read. The operation is there for LLM operations only, and empty if it is refused.
+local MODEL_STATE, OPERATION_STATE = "wasm.asm.llmproxy.request_model", "llm.operation"
+-- The model as metrics show it: OTHER for what clients choose beyond the first so many (per VM).
+local LABEL_STATE, OTHER = "llm.model_label", "other"
+local PROMPT_STATE = "wasm.asm.llmproxy.request_prompt_tokens"
+local COMPLETION_STATE = "wasm.asm.llmproxy.request_completion_tokens"
+-- Filter state for the response side: the time, in microseconds, behind ADDED if the usage chunk of the answer
+-- is to be removed. There where a stream was asked for.
+local ATTEMPT_STATE, ADDED = "llm.attempt", "+"
+
 -- The metadata flag tells the listener's local_reply_config that the body is JSON already.
 local function refuse(h, status, code, message, allow)
-  h:streamInfo():dynamicMetadata():set("llm", "error", true)
+  local info = h:streamInfo()
+  local state = info:filterState()
+  if state:get(OPERATION_STATE) then state:set(OPERATION_STATE, "envoy.string", "") end
+  info:dynamicMetadata():set("llm", "error", true)
   local kind = status == "500" and "server_error" or "invalid_request_error"
   h:respond(
     { [":status"] = status, ["content-type"] = "application/json", allow = allow },
@@ -552,16 +567,6 @@ local function operation_of(plan, method, path)
   end
   return found, allow
 end
-
--- Filter state that logs and metrics read
-local MODEL_STATE, OPERATION_STATE = "wasm.asm.llmproxy.request_model", "llm.operation"
--- The model as metrics show it: OTHER for what clients choose beyond the first so many (per VM).
-local LABEL_STATE, OTHER = "llm.model_label", "other"
-local PROMPT_STATE = "wasm.asm.llmproxy.request_prompt_tokens"
-local COMPLETION_STATE = "wasm.asm.llmproxy.request_completion_tokens"
--- Filter state for the response side: the time, in microseconds, behind ADDED if the usage chunk of the answer
--- is to be removed. There for LLM operations only.
-local ATTEMPT_STATE, ADDED = "llm.attempt", "+"
 
 local shown, shown_count = {}, 0
 
@@ -632,24 +637,28 @@ local function handle(h)
     state:set(MODEL_STATE, "envoy.string", forced)
     state:set(LABEL_STATE, "envoy.string", forced)
   end
+  state:set(OPERATION_STATE, "envoy.string", operation.name)
   local body = h:body(true) -- waits for the whole body; `headers` and `state` are dead from here on
   local size = body:length()
   if size > plan.max_bytes then return refuse_size(h, plan) end
   if size == 0 then return refuse(h, "400", "empty_body", "The request body is empty.") end
   local text = body:getBytes(0, size) -- held here while splice reads it through a pointer
-  local spliced, model, added = splice(text, operation.root)
+  local spliced, model, streaming, added = splice(text, operation.root)
   if not spliced then
     return refuse(h, "400", "invalid_json", "The request body cannot be used: " .. model .. ".")
   end
   body:setBytes(spliced) -- also when nothing changed: it sets content-length, which may be another attempt's
+  local tells, timed = not forced and (model or again), streaming or operation.streams
+  if not (tells or timed or again) then return end -- filter state costs as much as all headers here
   state = h:streamInfo():filterState()
-  if not forced and (model or again) then
+  if tells then
     state:set(MODEL_STATE, "envoy.string", model or "")
     local configured = not model or model == operation.root.model.name
     state:set(LABEL_STATE, "envoy.string", configured and model or model and label_of(model, plan) or "")
   end
-  state:set(OPERATION_STATE, "envoy.string", operation.name)
-  state:set(ATTEMPT_STATE, "envoy.string", (added and ADDED or "") .. microseconds(h))
+  if timed or again then
+    state:set(ATTEMPT_STATE, "envoy.string", timed and (added and ADDED or "") .. microseconds(h) or "")
+  end
 end
 
 -- --------------------------------------------------------------------------------------------------
@@ -717,6 +726,7 @@ local function new_reader()
     content = 0, -- bytes
     pieces = 0, -- objects with content
     model = nil,
+    is_operation = nil, -- the request is an LLM operation, once that was looked at
     known = false, -- the counts include the output so far ..
     reported = false, -- .. and all of it
     -- of events only
@@ -1458,15 +1468,22 @@ local function note(h, told, key, value)
   end
 end
 
+-- Returns the filter state; nil if the request is no LLM operation.
+local function state_of(h, r)
+  local state = h:streamInfo():filterState()
+  if r.is_operation == nil then r.is_operation = (state:get(OPERATION_STATE) or "") ~= "" end
+  return r.is_operation and state or nil
+end
+
 -- Tells logs and metrics. Returns the completion tokens, if there are tokens to tell of.
-local function tell(h, r)
-  local state, told, counts = h:streamInfo():filterState(), r.told, r.counts
+local function tell(h, r, state)
+  local told, counts = r.told, r.counts
   local prompt, completion = tokens(h, r)
   set(state, told, "llm.stream", r.stream and "true" or "false")
   set(state, told, "llm.response_model", r.model)
   if not prompt then return nil end
   local cached, reasoning = counts.cached or counts.cache_read, counts.reasoning or counts.thoughts
-  if r.first then
+  if r.first and r.start then
     set(state, told, "llm.time_to_first_token", seconds(r.first - r.start))
     note(h, told, "time_to_first_token", true)
   end
@@ -1493,7 +1510,8 @@ local function read_piece(h, r, chunk, text)
   -- If the client or the provider breaks off, nothing is called any more: what was told until then stays.
   local completion = r.known and r.counts.completion or math.max(r.pieces, r.content * TOKENS_PER_BYTE)
   if completion >= r.due and (r.stream or r.base == 2) or r.reported and r.told["llm.usage"] ~= "reported" then
-    tell(h, r)
+    local state = state_of(h, r)
+    if state then tell(h, r, state) end
   end
   if out then chunk:setBytes(out) end
 end
@@ -1504,19 +1522,24 @@ local function append(chunk, text)
 end
 
 local function read_response(h)
-  local attempt = h:streamInfo():filterState():get(ATTEMPT_STATE)
-  if not attempt or attempt == "" then return end
   local headers = h:headers()
   local encoding = (headers:get("content-encoding") or "identity"):lower()
+  local content_type = (headers:get("content-type") or ""):lower()
   local inflater = new_inflater(encoding)
   local r = new_reader()
-  r.stream = sub(headers:get("content-type") or "", 1, 17):lower() == "text/event-stream"
-  r.removing = r.stream and (inflater or encoding == "identity") and sub(attempt, 1, 1) == ADDED
+  r.stream = sub(content_type, 1, 17) == "text/event-stream"
+  -- Plain JSON is read before it is known whose it is: filter state, which costs much, is needed at the end anyway.
+  if encoding ~= "identity" or sub(content_type, 1, 16) ~= "application/json" then
+    local state = state_of(h, r)
+    if not state then return end
+    local attempt = r.stream and state:get(ATTEMPT_STATE) or ""
+    r.removing = (inflater or encoding == "identity") and sub(attempt, 1, 1) == ADDED
+    r.start = tonumber(match(attempt, "%d+"))
+  end
   if r.removing then headers:remove("content-length") end
   -- What nothing is taken out of stays compressed.
   local inflating = r.removing and inflater
   if inflating then headers:remove("content-encoding") end
-  r.start = tonumber(match(attempt, "%d+"))
 
   local last, fault = nil, nil
   for chunk in h:bodyChunks() do
@@ -1546,15 +1569,17 @@ local function read_response(h)
   -- Behind trailers the last piece is gone. What is lost then is half an event, which a client may not use.
   if held ~= "" then pcall(append, last, held) end
   if not next(r.counts) and sub(h:headers():get(":status"), 1, 1) ~= "2" then return end
+  local state = state_of(h, r)
+  if not state then return end
   r.known = r.known or r.counts.completion ~= nil
   r.reported = r.known or not r.stream
-  local completion = tell(h, r)
+  local completion = tell(h, r, state)
   if not completion then
-    set(h:streamInfo():filterState(), r.told, "llm.usage", "unknown")
+    set(state, r.told, "llm.usage", "unknown")
     note(h, r.told, "special", true)
   elseif completion > 1 and r.first then
     local time = (tonumber(microseconds(h)) - r.first) / (completion - 1)
-    set(h:streamInfo():filterState(), r.told, "llm.time_per_output_token", seconds(time))
+    set(state, r.told, "llm.time_per_output_token", seconds(time))
     note(h, r.told, "time_per_output_token", true)
   end
 end
@@ -1578,6 +1603,6 @@ end
 -- and it would make a new trace for each header name that it meets. The scanner is what is to be compiled.
 local interpreted = {
   envoy_on_request, handle, operation_of, client_path, refuse, plan_of, label_of, microseconds,
-  envoy_on_response, read_response, read_piece, tell, tokens, set, note, append,
+  envoy_on_response, read_response, read_piece, state_of, tell, tokens, set, note, append,
 }
 for _, f in ipairs(interpreted) do jit.off(f, true) end

@@ -279,9 +279,6 @@ def _expression(change: TagOverride) -> str:
 
 
 def _logger(group: Group, max_series: int) -> Message:
-    filters: list[Mapping[str, Any]] = [{"log_type_filter": {"types": ["DownstreamEnd"]}}]
-    if group.filter is not None:
-        filters.append(group.filter)
     config = protos.StatsAccessLog(
         stats_scope={
             "prefix": SCOPE,
@@ -297,7 +294,7 @@ def _logger(group: Group, max_series: int) -> Message:
     )
     return protos.AccessLog(
         name=f"llmplane.metrics.{group.name}",
-        filter=filters[0] if len(filters) == 1 else {"and_filter": {"filters": filters}},
+        filter=group.filter,
         typed_config=protos.pack(config),
     )
 

@@ -50,7 +50,10 @@ local NO_TOKENS = { GET = true, HEAD = true, OPTIONS = true, DELETE = true }
 -- --------------------------------------------------------------------------------------------------
 -- What is known of a request
 
-local WANTED = { model = true, max_tokens = true, max_completion_tokens = true, max_output_tokens = true }
+local ASKED = { "max_tokens", "max_completion_tokens", "max_output_tokens" }
+local WANTED = { model = true, n = true }
+for _, name in ipairs(ASKED) do WANTED[name] = true end
+local LONGEST_NAME = 6 * 21 -- each letter of a name may be written as \uXXXX
 
 -- The quote that ends the string that begins at i, or nil.
 local function string_end(text, i)
@@ -62,6 +65,22 @@ local function string_end(text, i)
     while byte(text, escapes) == 92 do escapes = escapes - 1 end
     if (at - 1 - escapes) % 2 == 0 then return at end
   end
+end
+
+-- A JSON string without its escapes, so far as letters go: "gp\u0074-4" is the model gpt-4 for a provider, too.
+local function unescaped(text)
+  if not find(text, "\\", 1, true) then return text end
+  text = text:gsub("\\u00([0-7]%x)", function(code) return string.char(tonumber(code, 16)) end)
+  return (text:gsub('\\(["\\/])', "%1"))
+end
+
+-- The string (in its quotes) or number after the colon at i, or nil.
+local function value_at(text, i)
+  local from = match(text, "^%s*:%s*()", i)
+  if not from then return end
+  if byte(text, from) ~= 34 then return match(text, "^%d[%d.eE+-]*", from) end
+  local to = string_end(text, from)
+  return to and sub(text, from, to)
 end
 
 -- Members of the JSON object itself, as JSON text. The provider's script checks the body; what is no JSON here has
@@ -77,9 +96,9 @@ local function members_of(text)
       local to = string_end(text, at)
       if not to then return found end
       i = to + 1
-      if depth == 1 and to - at < 24 and WANTED[sub(text, at + 1, to - 1)] then
-        local value = match(text, '^%s*:%s*("[^"\\]*")', i) or match(text, "^%s*:%s*(%d+)", i)
-        if value then found[sub(text, at + 1, to - 1)] = value end
+      if depth == 1 and to - at <= LONGEST_NAME + 1 then
+        local name = unescaped(sub(text, at + 1, to - 1))
+        if WANTED[name] then found[name] = value_at(text, i) or found[name] end
       end
     elseif c == 123 or c == 91 then
       depth = depth + 1
@@ -94,6 +113,18 @@ local function number(text)
   return value and value < 2 ^ 32 and value or nil
 end
 
+-- The completion tokens that a request may get, in all of its `n` answers.
+local function completion_of(policy, members)
+  if not policy.max_tokens then return policy.completion_tokens end
+  local most
+  for _, name in ipairs(ASKED) do
+    local value = number(members[name])
+    if value and value > (most or -1) then most = value end
+  end
+  local answers = math.max(1, number(members.n) or 1)
+  return math.min(math.ceil((most or policy.completion_tokens) * answers), UNLIMITED)
+end
+
 local ATTRIBUTES = {}
 function ATTRIBUTES.Client(info) return info:filterState():get("llm.client") end
 function ATTRIBUTES.Address(info)
@@ -102,7 +133,8 @@ function ATTRIBUTES.Address(info)
 end
 function ATTRIBUTES.Provider(info) return info:filterState():get("llm.ratelimit.provider") end
 function ATTRIBUTES.Model(_, members)
-  return members.model and match(members.model, '^"(.+)"$')
+  local model = members.model and match(members.model, '^"(.+)"$')
+  return model and unescaped(model)
 end
 -- spiffe://cluster.local/ns/shop/sa/cart
 function ATTRIBUTES.Workload(info)
@@ -450,9 +482,7 @@ local function limit_request(h, policies, members, size)
   for _, policy in ipairs(policies) do
     local values = values_of(h, policy, members)
     local rule, key = rule_of(h, policy, values), display(values)
-    local asked = policy.max_tokens
-      and number(members.max_completion_tokens or members.max_output_tokens or members.max_tokens)
-    local prompt, completion = math.ceil(size / policy.bytes_per_token), asked or policy.completion_tokens
+    local prompt, completion = math.ceil(size / policy.bytes_per_token), completion_of(policy, members)
     if policy.mode == "global" then
       reserve_globally(h, policy, rule, key, prompt, completion)
       charges[#charges + 1] = ("%d,%d,-,%d,%d,%s"):format(
@@ -690,7 +720,7 @@ local function read_response(h)
     settle_all(h, charges, began, true)
   elseif not success then
     -- What no provider was asked for may not have been counted either, where a service is to count.
-    local stats, asked = h:stats(), h:streamInfo():filterState():get("llm.attempt")
+    local stats, asked = h:stats(), (h:streamInfo():filterState():get("llm.operation") or "") ~= ""
     for _, charge in ipairs(charges) do
       if charge.slot or asked then settle(h, stats, charge, 0, began, true) end
     end

@@ -60,9 +60,10 @@ def api_key(world: World, provider: LLMProvider, rule: str | None) -> str:
 
 
 def _value(world: World, namespace: str, name: str, key: str) -> bytes:
-    secret = world.secrets.get(ObjectKey("Secret", namespace, name))
+    wanted = ObjectKey("Secret", namespace, name)
+    secret = world.secrets.get(wanted)
     if secret is None:
-        raise MissingSecretError(f"Secret {namespace}/{name} does not exist")
+        raise MissingSecretError(world.lacks(wanted))
     value = secret.value(key)
     if value is None:
         raise MissingSecretError(f"Secret {namespace}/{name} has no key {key!r}")

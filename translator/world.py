@@ -80,6 +80,8 @@ class World:
     """Providers whose key is not known at the moment: Envoys that have it keep it."""
     incomplete: bool = False
     """Some document cannot be read: what seems to be missing may be in it."""
+    unread_secrets: Mapping[str, str] = field(default_factory=dict)
+    """Namespaces whose Secrets cannot be read at the moment, and why."""
 
     @classmethod
     def of(
@@ -90,6 +92,7 @@ class World:
         held: Iterable[ObjectKey] = (),
         incomplete: bool = False,
         unreadable: Iterable[UnreadablePolicy] = (),
+        unread_secrets: Mapping[str, str] | None = None,
     ) -> Self:
         """Index objects, in whatever order they come; kinds that nothing is made of are left out."""
         kinds: defaultdict[type[BaseObject], list[BaseObject]] = defaultdict(list)
@@ -120,7 +123,14 @@ class World:
             services=by_key(Service),
             held=frozenset(held),
             incomplete=incomplete,
+            unread_secrets=unread_secrets or {},
         )
+
+    def lacks(self, secret: ObjectKey) -> str:
+        """Say of a Secret that is not in `secrets` what that means."""
+        why = self.unread_secrets.get(secret.namespace)
+        what = "does not exist" if why is None else f"cannot be read: {why}"
+        return f"Secret {secret.namespace}/{secret.name} {what}"
 
     def providers_for(self, proxy: Proxy) -> dict[str, LLMProvider]:
         """Return the provider of each host that this proxy may use.

@@ -226,7 +226,9 @@ class KubernetesSource:
             unreadable=tuple((entry.unreadable, _NOWHERE) for entry in entries if entry.unreadable),
         )
         unread = any(not each.is_synced for each in self._secrets.values())
-        return self._keeper.merge(loaded, list(self._failures()), incomplete=unread)
+        state = self._keeper.merge(loaded, list(self._failures()), incomplete=unread)
+        failures = {name: each.failure for name, each in self._secrets.items() if each.failure}
+        return replace(state, unread_secrets=failures)
 
     def _failures(self) -> Iterator[Problem]:
         """Tell of what cannot be read at the moment."""
@@ -340,14 +342,16 @@ def _referred_secrets(item: BaseObject | None) -> frozenset[ObjectKey]:
 
 
 def readable_keys(item: BaseObject | None) -> Iterator[Problem]:
-    """Warn of keys in objects: those who may read objects are more than those who may read Secrets."""
+    """Warn of keys in objects, for more people may read these than Secrets, and of placeholders."""
     if not isinstance(item, LLMProvider):
         return
     for rule in (None, *item.spec.route_names):
         config = item.spec.config_for(rule)
-        if config.api_key is not None and config.placeholder is None:
+        if config.api_key is not None:
             place = f"routeSpecificConfigs.{rule}" if rule else "defaultConfig"
             text = "whoever may read this object has the key: put it into a Secret (apiKeySecretRef)"
+            if config.placeholder is not None:
+                text = f"nothing fills in {config.placeholder} here: put the key into a Secret (apiKeySecretRef)"
             field_name = f"spec.configs.{place}.openAIConfig.apiKey"
             yield Problem(Severity.WARNING, "", 0, *item.key, field_name, text)
             return

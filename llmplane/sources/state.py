@@ -1,6 +1,7 @@
 """What a source hands on: valid objects, what is wrong with the others, and what it cannot tell."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from crds.loader import LoadedObject
 from crds.problems import ObjectKey, Problem
@@ -25,6 +26,8 @@ class SourceState:
     """No good version of what cannot be read is known here, but proxies may have it."""
     unreadable: tuple[UnreadablePolicy, ...] = ()
     """Security policies that cannot be read, and of which no good version is known."""
+    unread_secrets: Mapping[str, str] = field(default_factory=dict)
+    """Namespaces whose Secrets cannot be read at the moment, and why."""
 
 
 def world_of(state: SourceState, mesh: MeshSettings) -> World:
@@ -35,6 +38,7 @@ def world_of(state: SourceState, mesh: MeshSettings) -> World:
         held=state.held,
         incomplete=state.incomplete,
         unreadable=(_placed(policy, mesh.config.root_namespace) for policy in state.unreadable),
+        unread_secrets=state.unread_secrets,
     )
 
 

@@ -210,6 +210,22 @@ def test_what_the_client_asks_for_at_most_is_reserved(lab: Lab, member: str) -> 
     assert ask(lab, body=nested).status == 200, "only a member of the request itself counts"
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        b'"max_tokens": 9.5e2',
+        b'"max_token\\u0073": 950',
+        b'"max_tokens": 950, "max_completion_tokens": 1',
+        b'"max_tokens": 190, "n": 5',
+        b'"max_tokens": 4294967295, "n": 4294967295',
+    ],
+)
+def test_however_the_client_asks(lab: Lab, members: bytes) -> None:
+    lab.apply(PROVIDER, limit(1000))
+    assert ask(lab).status == 200
+    assert lab.client.request(DASHSCOPE, b'{"messages": [], ' + members + b"}").status == 429
+
+
 def test_a_request_that_may_use_more_than_the_limit_passes_once(lab: Lab) -> None:
     lab.apply(PROVIDER, limit(100))
     assert ask(lab, body={**MODEL, "max_tokens": 4000}).status == 200
@@ -268,6 +284,14 @@ def test_rules_by_regular_expressions(lab: Lab) -> None:
     assert ask(lab, x_user="gold-0").headers["x-ratelimit-limit-tokens"] == "1"
     other = {**MODEL, "model": "gpt"}
     assert ask(lab, body=other, x_user="gold-12").headers["x-ratelimit-limit-tokens"] == str(USED)
+
+
+def test_a_model_is_the_same_however_it_is_written(lab: Lab) -> None:
+    rules = [{"match": [{"exact": "gpt-4/a"}], "limits": tokens(USED)}, {"limits": tokens(100 * USED)}]
+    lab.apply(PROVIDER, limit(0, keys=[{"attribute": "Model"}], rules=rules))
+    body = b'{"messages": [{"role": "user", "content": "Hi"}], %b}'
+    models = b'"model": "gpt-4/a"', b'"mod\\u0065l": "g\\u0070t-4\\/a"'
+    assert [lab.client.request(DASHSCOPE, body % model).status for model in models] == [200, 429]
 
 
 def test_the_workload_is_a_key(lab: Lab) -> None:

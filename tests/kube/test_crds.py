@@ -426,6 +426,21 @@ def test_each_rule_takes_and_refuses(cluster: ApiServer) -> None:
         assert not load_object(bad[i])[0], f"{kind}: {what} is refused by the model too"
 
 
+def test_a_rule_between_fields_is_refused_in_words_that_help(cluster: ApiServer) -> None:
+    both = config(apiKey="a", apiKeySecretRef={"name": "a", "key": "b"})
+    made = [
+        document("LLMProvider", both, "a", "default"),
+        document("LLMRoute", {"host": "chat", "rules": [{"backendRefs": [{"weight": 1}]}]}, "a", "default"),
+    ]
+    with pytest.raises(KubectlError) as refusal:
+        cluster.kubectl("create", "--dry-run=server", "-f", "-", text=listed(made))
+    for words in (
+        "spec.configs.defaultConfig.openAIConfig: Invalid value: must have only one of apiKey and apiKeySecretRef",
+        "spec.rules[0].backendRefs[0]: Invalid value: must have one of providerHost and backendRef",
+    ):
+        assert words in str(refusal.value)
+
+
 def test_an_unknown_field_is_refused(cluster: ApiServer) -> None:
     made = document("LLMProvider", PROVIDER | {"hots": "a"}, "a", "default")
     with pytest.raises(KubectlError, match=r'unknown field "spec\.hots"'):

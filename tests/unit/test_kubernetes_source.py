@@ -425,6 +425,8 @@ class TestSecrets:
             assert [str(problem) for problem in errors(state)] == [
                 "Secret: the Secrets of namespace default cannot be read: secrets is forbidden"
             ]
+            resolved = provider_refs(state)
+            assert "Secret default/keys cannot be read: secrets is forbidden; requests are" in resolved
             fake.refuse = None
             state = await source.when(has("a", "keys"))
             assert not state.incomplete

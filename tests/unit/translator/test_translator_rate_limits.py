@@ -133,8 +133,8 @@ def test_targets_that_do_not_exist_are_told_of() -> None:
     _, resolved = found[ObjectKey("LLMTokenRateLimit", "default", "a")]
     assert (resolved.status, resolved.reason) == (False, "TargetNotFound")
     assert resolved.message == (
-        "spec.targetRefs[1].sectionName: LLMRoute default/chat has no rule 'other'; nothing is limited by it; "
-        "spec.targetRefs[2].name: LLMProvider default/nobody does not exist; nothing is limited by it"
+        "spec.targetRefs[1].sectionName: LLMRoute default/chat has no rule 'other'; nothing is limited by "
+        "it; spec.targetRefs[2].name: LLMProvider default/nobody does not exist; nothing is limited by it"
     )
 
 
