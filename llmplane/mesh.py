@@ -79,12 +79,15 @@ class MeshConfigFile:
 def _trust_roots(ca_file: Path | None) -> bytes:
     """Return the machine's trust roots (certifi's, where it has none) and the CA given besides, as PEM."""
     system = _SYSTEM_CA if _SYSTEM_CA.exists() else Path(certifi.where())
-    own = _certificates(ca_file) + b"\n" if ca_file else b""
+    own = read_certificates(ca_file) + b"\n" if ca_file else b""
     return own + system.read_bytes()
 
 
-def _certificates(file: Path) -> bytes:
-    """Read a file of PEM certificates. A proxy would refuse anything else, and reach no provider."""
+def read_certificates(file: Path) -> bytes:
+    """Read a file of CA certificates (PEM), for a proxy, which would refuse anything else.
+
+    Raises ClickException.
+    """
     try:
         pem = file.read_bytes()
         x509.load_pem_x509_certificates(pem)

@@ -35,7 +35,8 @@ _TLS_INSPECTOR = {
 _STEERING = "^x-(envoy|forwarded)-.*"
 """With the ``^``, RE2 sees at once of most headers that they are others."""
 _FORWARDED = (
-    "^x-envoy-.*|^x-forwarded-(f|fo|p|pr|pro|prot|([^fp]|f[^o]|fo[^r]|for.|p[^r]|pr[^o]|pro[^t]|prot[^o]|proto.).*)?"
+    "^x-(envoy-.*"
+    "|forwarded-(f|fo|p|pr|pro|prot|([^fp]|f[^o]|fo[^r]|for.|p[^r]|pr[^o]|pro[^t]|prot[^o]|proto.).*)?)"
 )
 """What trusted proxies do not tell: all but the client's addresses (-for) and its scheme (-proto)."""
 

@@ -127,7 +127,7 @@ def filter_context(
     more than `max_bytes` is refused (None: only what Envoy does not buffer). The `id` in the result is a hash
     of all the rest: under it the script keeps what it made of a context.
 
-    Envoy (1.40) copies the context for each request, which costs the more the more fields there are. So nearly
+    Envoy (1.40) copies the context for each request, which costs more the more fields there are. So nearly
     all is one text, whose grammar stands in the script.
 
     Raises ValueError if `host` is not a header value, the first operation is not a POST, or one comes twice.
@@ -149,7 +149,7 @@ def filter_context(
 
 
 def _operation(operation: Operation, prefix: str) -> str:
-    """Write an operation short, since each provider has half a dozen: `METHOD suffix [path]`, then its members.
+    """Write an operation short, since each provider has half a dozen: `METHOD suffix [path]`, then members.
 
     The path is left out where it is prefix and suffix. Without anything behind it, the body passes unseen.
     """

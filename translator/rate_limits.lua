@@ -37,6 +37,7 @@ local band, bxor, tobit, rol = bit.band, bit.bxor, bit.tobit, bit.rol
 
 local PROBES = 8 -- slots that a key can be in
 local SHOWN_KEYS = 100 -- distinct values a policy that metrics show; those beyond are "other"
+local KNOWN_KEYS = 1000 -- keys a policy and worker that are not looked at anew for each request
 local SHOWN_LENGTH = 128 -- bytes of a key's value in logs and metrics
 
 local POLICIES = "llm.ratelimit.policies" -- filter state: the policies
@@ -45,6 +46,7 @@ local METADATA = "llm.rate_limit" -- dynamic metadata for Envoy's ratelimit filt
 local MAX_HITS = 1e9 -- more at once Envoy ignores
 local UNLIMITED = 2 ^ 32 - 1
 local STRING = "envoy.string"
+local CHARGE = ";(%d+),(%d+),([^,;]+),(%d+),(%d+),([^;]*)"
 local NO_TOKENS = { GET = true, HEAD = true, OPTIONS = true, DELETE = true }
 
 -- --------------------------------------------------------------------------------------------------
@@ -83,10 +85,17 @@ local function value_at(text, i)
   return to and sub(text, from, to)
 end
 
+-- Whether any of these members can be there: most requests have none, and to look for that is fast.
+local function may_have_members(text, needs_model)
+  return find(text, '_tokens"', 1, true) or find(text, '"n"', 1, true) or find(text, "\\u00", 1, true)
+    or needs_model and find(text, '"model"', 1, true)
+end
+
 -- Members of the JSON object itself, as JSON text. The provider's script checks the body; what is no JSON here has
 -- no members.
-local function members_of(text)
+local function members_of(text, needs_model)
   local found, depth, i = {}, 0, 1
+  if not may_have_members(text, needs_model) then return found end
   while true do
     local at = find(text, '["{}%[%]]', i)
     if not at then return found end
@@ -213,20 +222,22 @@ end
 -- Adds what follows from the policies alone.
 local function prepare(policies)
   for index, policy in ipairs(policies) do
-    policy.index, policy.counts, policy.names = index, {}, {}
+    policy.index, policy.counts, policy.gauges, policy.known, policy.known_count = index, {}, {}, {}, 0
+    policies.have_targets = policies.have_targets or policy.targets
     for _, key in ipairs(policy.keys) do
       if key.attribute == "Model" then policy.needs_model = true end
     end
     local known = {}
     for place, rule in ipairs(policy.rules) do
-      rule.index = place
+      rule.index, rule.metrics = place, {}
       local types = {}
       for _, limit in ipairs(rule.limits) do
+        limit.id = limit.type .. ";" .. limit.unit
         limit.label = ";type=" .. limit.type .. ";unit=" .. limit.unit
         limit.counts = not types[limit.type] -- tokens are counted once, however many windows they are in
         types[limit.type] = true
-        if not known[limit.type .. limit.unit] then
-          known[limit.type .. limit.unit] = true
+        if not known[limit.id] then
+          known[limit.id] = true
           policy.counts[#policy.counts + 1] = limit
         end
       end
@@ -251,9 +262,11 @@ end
 local function policies_for(info)
   local state, rule = info:filterState(), info:routeName()
   if rule == "allow_any|passthrough" then return end -- translator/capture.py
+  local policies = all_policies(state)
+  if not policies.have_targets then return policies end
   local route, provider = state:get("llm.ratelimit.route"), state:get("llm.ratelimit.provider")
   local found
-  for _, policy in ipairs(all_policies(state)) do
+  for _, policy in ipairs(policies) do
     if is_target(policy, route, rule, provider) then
       found = found or {}
       found[#found + 1] = policy
@@ -276,65 +289,66 @@ local function hash(text)
   return band(one, 0xFFFFF) * 2 ^ 32 + (two % 2 ^ 32) + 1
 end
 
--- The names of a slot's gauges, which are not to be made anew for each request.
-local function names_of(policy, slot)
-  local found = policy.names[slot]
+-- The gauges of a slot, which live as long as this script; to ask for them by name each time costs a lot.
+local function gauges_of(h, policy, slot)
+  local found = policy.gauges[slot]
   if not found then
-    local prefix = "limit;" .. policy.id .. ";" .. slot .. ";"
-    found = { owner = prefix .. "owner~" }
+    local stats, prefix = h:stats(), "limit;" .. policy.id .. ";" .. slot .. ";"
+    found = { owner = stats:gauge(prefix .. "owner~") }
     for _, limit in ipairs(policy.counts) do
-      local count = prefix .. limit.type .. ";" .. limit.unit .. ";"
-      found[limit.type .. limit.unit] =
-        { total = count .. "total~", base = count .. "base~", window = count .. "window~" }
+      local count = prefix .. limit.id .. ";"
+      found[limit.id] = {
+        total = stats:gauge(count .. "total~"),
+        base = stats:gauge(count .. "base~"),
+        window = stats:gauge(count .. "window~"),
+      }
     end
-    policy.names[slot] = found
+    policy.gauges[slot] = found
   end
   return found
 end
 
-local function is_free(stats, policy, of, now)
+local function is_free(policy, of, now)
   for _, limit in ipairs(policy.counts) do
-    local window = stats:gauge(of[limit.type .. limit.unit].window):value()
-    if window == floor(now / limit.seconds) then return false end
+    if of[limit.id].window:value() == floor(now / limit.seconds) then return false end
   end
   return true
 end
 
--- The names of the gauges of a key's slot.
-local function slot_of(stats, policy, key, now)
-  local owner, free = hash(key), nil
+-- The gauges of a key's slot.
+local function slot_of(h, policy, owner, now)
+  local free
   for n = 0, PROBES - 1 do
     local slot = (owner + n) % policy.slots
-    local of = names_of(policy, slot)
-    local found = stats:gauge(of.owner):value()
+    local of = gauges_of(h, policy, slot)
+    local found = of.owner:value()
     if found == owner then return of, slot end
-    if not free and (found == 0 or is_free(stats, policy, of, now)) then free = slot end
+    if not free and (found == 0 or is_free(policy, of, now)) then free = slot end
     if found == 0 then break end -- no key ever went past it
   end
   if free then
-    local of = names_of(policy, free)
-    local gauge = stats:gauge(of.owner)
-    gauge:set(owner)
-    if gauge:value() == owner then return of, free end -- else another worker took it for another key
+    local of = gauges_of(h, policy, free)
+    of.owner:set(owner)
+    if of.owner:value() == owner then return of, free end -- else another worker took it for another key
   end
-  return names_of(policy, policy.slots), policy.slots
+  return gauges_of(h, policy, policy.slots), policy.slots
 end
 
--- The gauge of the total, and what is used in the present window.
-local function present(stats, of, window)
-  local total, now = stats:gauge(of.total), stats:gauge(of.window)
-  local before, base = total:value(), stats:gauge(of.base)
-  if now:value() ~= window then
-    base:set(before)
-    now:set(window)
+-- Begins the present window, if nobody did.
+local function enter(of, window)
+  if of.window:value() == window then return end
+  local before = of.total:value()
+  if of.window:value() ~= window then
+    of.base:set(before)
+    of.window:set(window)
   end
-  return total, base
 end
 
-local function add(stats, of, window, tokens)
-  local total, base = present(stats, of, window)
-  if tokens > 0 then total:add(tokens) end
-  return total, total:value() - base:value()
+-- What is used in the present window then.
+local function add(of, window, tokens)
+  enter(of, window)
+  if tokens > 0 then of.total:add(tokens) end
+  return of.total:value() - of.base:value()
 end
 
 -- --------------------------------------------------------------------------------------------------
@@ -358,15 +372,29 @@ local function shown_key(policy, key)
   return label
 end
 
-local function series(name, policy, rule, key, more)
-  return ("llmx.llmplane_ratelimit_%s;policy=%s;rule=%s;key=%s%s"):format(
-    name, policy.id, clean(rule.name), shown_key(policy, key), more or ""
-  )
+-- A counter or gauge, kept as the gauges above are.
+local function metric(h, kind, name, policy, rule, key, more)
+  local label = shown_key(policy, key)
+  local of, id = rule.metrics[label], more and name .. more or name
+  if not of then
+    of = {}
+    rule.metrics[label] = of
+  end
+  local found = of[id]
+  if not found then
+    local full = ("llmx.llmplane_ratelimit_%s;policy=%s;rule=%s;key=%s%s"):format(
+      name, policy.id, clean(rule.name), label, more or ""
+    )
+    local stats = h:stats()
+    found = stats[kind](stats, full)
+    of[id] = found
+  end
+  return found
 end
 
-local function show_remaining(stats, policy, rule, key, limit, used)
-  local name = series("remaining_tokens", policy, rule, key, limit.label)
-  stats:gauge(name):set(math.max(0, limit.tokens - used))
+local function show_remaining(h, policy, rule, key, limit, used)
+  local gauge = metric(h, "gauge", "remaining_tokens", policy, rule, key, limit.label)
+  gauge:set(math.max(0, limit.tokens - used))
 end
 
 -- --------------------------------------------------------------------------------------------------
@@ -406,10 +434,10 @@ local function note(state, policy, rule, key, remaining, decision)
   state:set("llm.ratelimit.decision", STRING, decision)
 end
 
-local function take_back(stats, taken)
+local function take_back(h, taken)
   for _, charge in ipairs(taken) do
-    stats:gauge(charge.of.total):sub(charge.tokens)
-    show_remaining(stats, charge.policy, charge.rule, charge.key, charge.limit, charge.used - charge.tokens)
+    charge.of.total:sub(charge.tokens)
+    show_remaining(h, charge.policy, charge.rule, charge.key, charge.limit, charge.used - charge.tokens)
   end
 end
 
@@ -417,7 +445,7 @@ local function refuse_limited(h, policy, rule, key, limit, used, wanted, now)
   local remaining, wait = limit.tokens - used, until_reset(limit, now)
   local headers = quota_headers(limit, remaining, now)
   headers["retry-after"] = ("%d"):format(wait)
-  h:stats():counter(series("limited_total", policy, rule, key)):inc()
+  metric(h, "counter", "limited_total", policy, rule, key):inc()
   note(h:streamInfo():filterState(), policy, rule, key, remaining, "limited")
   local message = ("Rate limit %s (%s) reached on %s tokens per %s: Limit %d, Used %d, Requested %d. "
     .. "Please try again in %s."):format(
@@ -453,11 +481,13 @@ local function reserve_globally(h, policy, rule, key, prompt, completion)
   end
 end
 
+-- Whether the body is looked at, and for the model.
 local function needs_body(policies)
+  local body, model = false, false
   for _, policy in ipairs(policies) do
-    if policy.max_tokens or policy.needs_model then return true end
+    body, model = body or policy.max_tokens, model or policy.needs_model
   end
-  return false
+  return body or model, model
 end
 
 jit.on(hash)
@@ -466,7 +496,6 @@ local function escaped(c) return ("%%%02X"):format(byte(c)) end
 
 -- The values as one text, which different values do not share.
 local function display(values)
-  if not values then return "-" end
   local parts = {}
   for n, value in ipairs(values) do
     if find(value, "[|,;%%%c]") then value = value:gsub("[|,;%%%c]", escaped) end
@@ -476,12 +505,29 @@ local function display(values)
   return #parts > 0 and table.concat(parts, "|") or "*"
 end
 
+local MISSING = { key = "-", hash = hash("") } -- a value is missing
+
+-- What is shown of a key, and the hash of its values.
+local function known_of(policy, values)
+  if not values then return MISSING end
+  local text = values[2] and table.concat(values, "\0") or values[1] or ""
+  local found = policy.known[text]
+  if not found then
+    found = { key = display(values), hash = hash(text) }
+    if #text > SHOWN_LENGTH then return found end -- clients shall not fill memory
+    if policy.known_count == KNOWN_KEYS then policy.known, policy.known_count = {}, 0 end
+    policy.known[text], policy.known_count = found, policy.known_count + 1
+  end
+  return found
+end
+
 local function limit_request(h, policies, members, size)
-  local stats, now, taken, charges = h:stats(), os.time(), {}, {}
+  local now, taken, charges = os.time(), {}, {}
   local enforced, asked_for, tried, shadowed -- the nearest limit of each sort
   for _, policy in ipairs(policies) do
     local values = values_of(h, policy, members)
-    local rule, key = rule_of(h, policy, values), display(values)
+    local rule, known = rule_of(h, policy, values), known_of(policy, values)
+    local key = known.key
     local prompt, completion = math.ceil(size / policy.bytes_per_token), completion_of(policy, members)
     if policy.mode == "global" then
       reserve_globally(h, policy, rule, key, prompt, completion)
@@ -490,22 +536,22 @@ local function limit_request(h, policies, members, size)
       )
       asked_for = asked_for or nearer(nil, policy, rule, key, rule.limits[1], rule.limits[1].tokens)
     else
-      local of, slot = slot_of(stats, policy, values and table.concat(values, "\0") or "", now)
+      local of, slot = slot_of(h, policy, known.hash, now)
       for _, limit in ipairs(rule.limits) do
         local wanted = wanted_of(limit, prompt, completion)
-        local count = of[limit.type .. limit.unit]
-        local total, used = add(stats, count, floor(now / limit.seconds), wanted)
+        local count = of[limit.id]
+        local used = add(count, floor(now / limit.seconds), wanted)
         taken[#taken + 1] =
           { of = count, tokens = wanted, used = used, policy = policy, rule = rule, key = key, limit = limit }
         if used > limit.tokens then
           if not policy.shadow then
-            take_back(stats, taken)
+            take_back(h, taken)
             return refuse_limited(h, policy, rule, key, limit, used - wanted, wanted, now)
           end
-          stats:counter(series("shadow_limited_total", policy, rule, key)):inc()
+          metric(h, "counter", "shadow_limited_total", policy, rule, key):inc()
           shadowed = shadowed or nearer(nil, policy, rule, key, limit, 0)
         end
-        show_remaining(stats, policy, rule, key, limit, used)
+        show_remaining(h, policy, rule, key, limit, used)
         if policy.shadow then
           tried = nearer(tried, policy, rule, key, limit, limit.tokens - used)
         else
@@ -547,10 +593,11 @@ local function handle(h)
     end
   end
   local members, size = {}, tonumber(headers:get("content-length") or nil)
-  if not size or size > 0 and needs_body(policies) then
+  local needed, needs_model = needs_body(policies)
+  if not size or size > 0 and needed then
     local body = h:body(true) -- waits for all of it; what was read from h before is gone
     size = body:length()
-    if size > 0 then members = members_of(body:getBytes(0, size)) end
+    if size > 0 then members = members_of(body:getBytes(0, size), needs_model) end
   end
   if STAGE == "keys" then return write_keys(h, policies, members) end
   limit_request(h, policies, members, size)
@@ -567,27 +614,21 @@ local STATES = {
 
 -- What the request was charged, from filter state.
 local function charges_of(text, policies)
-  local found, now, told = {}, nil, nil
-  for part in text:gmatch("[^;]+") do
-    if not now then
-      now = tonumber(part)
-    elseif not told then
-      told = part
-    else
-      local policy, rule, slot, prompt, completion, key = match(part, "^(%d+),(%d+),([^,]+),(%d+),(%d+),(.*)$")
-      policy = policies[tonumber(policy)]
-      rule = policy.rules[tonumber(rule)]
-      for _, limit in ipairs(rule.limits) do
-        found[#found + 1] = {
-          policy = policy, rule = rule, limit = limit, key = key, slot = tonumber(slot),
-          counted = 0, -- by metrics
-          reserved = wanted_of(limit, tonumber(prompt), tonumber(completion)),
-          charged = wanted_of(limit, tonumber(prompt), tonumber(completion)),
-        }
-      end
+  local found, now, told = {}, match(text, "^(%d+);([^;]+)")
+  for policy, rule, slot, prompt, completion, key in text:gmatch(CHARGE) do
+    policy = policies[tonumber(policy)]
+    rule = policy.rules[tonumber(rule)]
+    for _, limit in ipairs(rule.limits) do
+      local reserved = wanted_of(limit, tonumber(prompt), tonumber(completion))
+      found[#found + 1] = {
+        policy = policy, rule = rule, limit = limit, key = key, slot = tonumber(slot),
+        counted = 0, -- by metrics
+        reserved = reserved,
+        charged = reserved,
+      }
     end
   end
-  return found, now, told
+  return found, tonumber(now), told
 end
 
 local function settle_globally(h, charge, real, began, ended)
@@ -610,37 +651,38 @@ local function settle_globally(h, charge, real, began, ended)
 end
 
 -- Charges what is used so far; what was reserved too much is given back only in the window it was taken from.
-local function settle(h, stats, charge, real, began, ended)
+local function settle(h, charge, real, began, ended)
   local policy, rule, limit = charge.policy, charge.rule, charge.limit
   if real > charge.counted then
-    local name = series("tokens_total", policy, rule, charge.key, ";type=" .. limit.type)
-    if limit.counts then stats:counter(name):add(real - charge.counted) end
+    if limit.counts then
+      local counter = metric(h, "counter", "tokens_total", policy, rule, charge.key, ";type=" .. limit.type)
+      counter:add(real - charge.counted)
+    end
     charge.counted = real
   end
   if not charge.slot then return settle_globally(h, charge, real, began, ended) end
   if real <= charge.charged and not ended or real == charge.charged then return end
-  local of = names_of(policy, charge.slot)[limit.type .. limit.unit]
+  local of = gauges_of(h, policy, charge.slot)[limit.id]
   local window = floor(os.time() / limit.seconds)
   local used
   if real > charge.charged then
-    local _
-    _, used = add(stats, of, window, real - charge.charged)
+    used = add(of, window, real - charge.charged)
     charge.charged = real
   elseif window == floor(began / limit.seconds) then
-    local total, base = present(stats, of, window)
-    total:sub(charge.charged - real)
-    used = total:value() - base:value()
+    enter(of, window)
+    of.total:sub(charge.charged - real)
+    used = of.total:value() - of.base:value()
   else
     return
   end
-  show_remaining(stats, policy, rule, charge.key, limit, used)
+  show_remaining(h, policy, rule, charge.key, limit, used)
 end
 
 local function settle_all(h, charges, began, ended)
-  local state, stats = h:streamInfo():filterState(), h:stats()
+  local state = h:streamInfo():filterState()
   for _, charge in ipairs(charges) do
     local real = tonumber(state:get(STATES[charge.limit.type]))
-    if real then settle(h, stats, charge, real, began, ended) end
+    if real then settle(h, charge, real, began, ended) end
   end
 end
 
@@ -676,7 +718,7 @@ local function count_limited(h, charges)
   for _, charge in ipairs(charges) do
     local policy, rule, key = charge.policy, charge.rule, charge.key
     if not charge.slot and charge.limit == rule.limits[1] and not policy.shadow then
-      h:stats():counter(series("limited_total", policy, rule, key)):inc()
+      metric(h, "counter", "limited_total", policy, rule, key):inc()
       if not told then
         local remaining = tonumber(h:headers():get("x-ratelimit-remaining-tokens") or nil) or 0
         note(h:streamInfo():filterState(), policy, rule, key, remaining, "limited")
@@ -691,9 +733,9 @@ local function read_response(h)
   local text = state:get(CHARGES)
   if not text then return end
   local charges, began, told = charges_of(text, all_policies(state))
-  local headers = h:headers()
-  if not headers:get("x-ratelimit-limit") then forget_reservations(charges) end
-  local part = asks_service(charges) and rename_headers(headers)
+  local headers, asks = h:headers(), asks_service(charges)
+  if asks and not headers:get("x-ratelimit-limit") then forget_reservations(charges) end
+  local part = asks and rename_headers(headers)
   local limit, remaining, reset = match(told, "^(%d+),(%d+),(%d+)$")
   local status = headers:get(":status")
   local is_limited = status == "429" and headers:get("x-envoy-ratelimited")
@@ -720,9 +762,9 @@ local function read_response(h)
     settle_all(h, charges, began, true)
   elseif not success then
     -- What no provider was asked for may not have been counted either, where a service is to count.
-    local stats, asked = h:stats(), (h:streamInfo():filterState():get("llm.operation") or "") ~= ""
+    local asked = (h:streamInfo():filterState():get("llm.operation") or "") ~= ""
     for _, charge in ipairs(charges) do
-      if charge.slot or asked then settle(h, stats, charge, 0, began, true) end
+      if charge.slot or asked then settle(h, charge, 0, began, true) end
     end
   end
 end

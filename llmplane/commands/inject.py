@@ -8,6 +8,7 @@ import yaml
 
 from llmplane.address import Address
 from llmplane.injection import InjectionError, InjectionSettings, inject_documents
+from llmplane.mesh import read_certificates
 from llmplane.options import EXISTING_FILE, PROXY_IMAGE, AddressType
 
 
@@ -41,8 +42,9 @@ def inject_command(filename: TextIO, xds_address: Address, xds_ca_file: Path, pr
 
     What is no pod, has a sidecar already, or says `sidecar.istio.io/inject: "false"` stays as it is.
     """
+    ca = read_certificates(xds_ca_file).decode(errors="replace")
     try:
-        settings = InjectionSettings(proxy_image, xds_address, xds_ca_file.read_text(encoding="utf-8"))
+        settings = InjectionSettings(proxy_image, xds_address, ca)
         click.echo(inject_documents(filename.read(), settings), nl=False)
     except (InjectionError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise click.ClickException(f"{filename.name}: {error}") from None

@@ -349,9 +349,10 @@ def readable_keys(item: BaseObject | None) -> Iterator[Problem]:
         config = item.spec.config_for(rule)
         if config.api_key is not None:
             place = f"routeSpecificConfigs.{rule}" if rule else "defaultConfig"
-            text = "whoever may read this object has the key: put it into a Secret (apiKeySecretRef)"
+            why = "whoever may read this object has the key"
             if config.placeholder is not None:
-                text = f"nothing fills in {config.placeholder} here: put the key into a Secret (apiKeySecretRef)"
+                why = f"nothing fills in {config.placeholder} on Kubernetes"
+            text = f"{why}: put the key into a Secret (apiKeySecretRef)"
             field_name = f"spec.configs.{place}.openAIConfig.apiKey"
             yield Problem(Severity.WARNING, "", 0, *item.key, field_name, text)
             return

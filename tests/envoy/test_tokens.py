@@ -6,6 +6,7 @@ The expected values are written by hand, from what the vendors' API references s
 import http.client
 import itertools
 import json
+import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -934,13 +935,18 @@ def test_a_decompression_bomb(world: World) -> None:
 
 
 def test_the_times_of_a_stream(world: World) -> None:
-    pieces = [events(said, end=b"") for said in (SAID[0], SAID[1], SAID[2])]
-    pieces.append(events({**CHUNK, "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 3}}))
-    name, _, _ = world.send(Script(pieces, headers=EVENTS, pause=0.05), host="h1", body=b'{"stream":true}')
-    line = world.logged(name)
-    # The first piece has a role only. The second comes 50 ms later, the last one 100 ms after that.
-    assert float(line["first"]) >= 0.05
-    assert float(line["each"]) >= 0.05
+    """The first content has one; between tokens there is one from the second on. A role is no content."""
+
+    def times(*said: dict[str, Any], tokens: int) -> set[str]:
+        usage = {**CHUNK, "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": tokens}}
+        name, _, _ = world.send(Script([events(*said, usage)], headers=EVENTS), body=b'{"stream":true}')
+        shown = {key: text for key, text in world.logged(name).items() if key in {"first", "each"}}
+        assert all(re.fullmatch(r"\d+\.\d{6}", text) for text in shown.values())
+        return set(shown)
+
+    assert times(*SAID[:3], tokens=3) == {"first", "each"}
+    assert times(*SAID[:2], tokens=1) == {"first"}
+    assert times(SAID[0], tokens=1) == set()
 
 
 def test_an_answer_at_once_has_no_times(world: World) -> None:

@@ -45,7 +45,7 @@ class KubeLab:
 
     def answer_when(self, host: str, condition: Callable[[Answer], object], **options: Any) -> Answer:
         """Ask until the answer is as it should be, and return it."""
-        return self._when(lambda: self.client.request(host, **options), condition)
+        return self.when(lambda: self.client.request(host, **options), condition)
 
     def condition_when(
         self, kind: str, name: str, of: str, condition: Callable[[dict[str, Any]], object]
@@ -56,9 +56,10 @@ class KubeLab:
             status = self.cluster.get(kind, name, "-n", self.namespace).get("status", {})
             return next((each for each in status.get("conditions", ()) if each["type"] == of), {})
 
-        return self._when(look, condition)
+        return self.when(look, condition)
 
-    def _when(self, look: Callable[[], _T], condition: Callable[[_T], object]) -> _T:
+    def when(self, look: Callable[[], _T], condition: Callable[[_T], object]) -> _T:
+        """Look until something is as it should be, and return it. Raises AssertionError with the last one."""
         last: list[_T] = []
 
         def holds() -> object:

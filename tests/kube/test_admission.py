@@ -34,6 +34,12 @@ from translator.world import MeshSettings
 
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 WEBHOOKS = "mutatingwebhookconfigurations,validatingwebhookconfigurations"
+ISTIO_OBJECT = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a}
+spec: {}
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Webhooks:
             try:
                 self.create("default", pod(labels={"sidecar.istio.io/inject": "true"}), "--dry-run=server")
                 self.create("default", provider(), "--dry-run=server")
+                self.create("default", ISTIO_OBJECT, "--dry-run=server")
             except KubectlError as error:
                 why = str(error)
                 return False
@@ -232,6 +239,7 @@ class TestInjection:
             made = webhooks.create("istio-system", json.dumps(template), "--dry-run=server")
             (proxy,) = made["spec"]["containers"]
             assert (proxy["image"], proxy["command"]) == ("llmplane-proxy:0.1.0", ["envoy"])
+            assert proxy["imagePullPolicy"] == "IfNotPresent", "an image that a node has is not asked for"
             assert "router~" in proxy["args"][3]
             assert 8080 in {port["containerPort"] for port in proxy["ports"]}
 

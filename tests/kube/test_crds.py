@@ -435,7 +435,7 @@ def test_a_rule_between_fields_is_refused_in_words_that_help(cluster: ApiServer)
     with pytest.raises(KubectlError) as refusal:
         cluster.kubectl("create", "--dry-run=server", "-f", "-", text=listed(made))
     for words in (
-        "spec.configs.defaultConfig.openAIConfig: Invalid value: must have only one of apiKey and apiKeySecretRef",
+        "defaultConfig.openAIConfig: Invalid value: must have only one of apiKey and apiKeySecretRef",
         "spec.rules[0].backendRefs[0]: Invalid value: must have one of providerHost and backendRef",
     ):
         assert words in str(refusal.value)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.envoy.conftest import DASHSCOPE, KEYS
 from tests.kube.lab import KubeLab, running_kube_lab
@@ -19,13 +20,15 @@ def applied(cluster: ApiServer) -> list[str]:
     """Apply all manifests twice, and return what the second time did.
 
     There is no kubelet that would run what they deploy, and so nobody behind the webhooks: these are taken
-    away again (tests/kube/test_admission.py has some that are answered).
+    away again (tests/kube/test_admission.py has some that are answered). So are the gateways' Services, by
+    which the gateways of other tests would open the ports of these.
     """
     folders = [file.parent for file in sorted((ROOT / "deploy" / "kubernetes").rglob("kustomization.yaml"))]
     try:
         texts = [cluster.kubectl("apply", "-k", str(folder)) for folder in [*folders, *folders]]
     finally:
         cluster.kubectl("delete", "mutatingwebhookconfigurations,validatingwebhookconfigurations", "--all")
+        cluster.kubectl("-n", "istio-system", "delete", "services", "--all")
     return "".join(texts[len(folders) :]).splitlines()
 
 
@@ -54,6 +57,13 @@ def test_the_manifests_are_taken_and_stay_as_they_are(applied: list[str]) -> Non
     assert {"deployment.apps", "mutatingwebhookconfiguration.admissionregistration.k8s.io"} <= kinds
 
 
+def test_removing_it_does_not_remove_istio(deployed: ApiServer) -> None:
+    """`kubectl delete -k` deletes namespaces with all that is in them."""
+    text = deployed.kubectl("kustomize", str(ROOT / "deploy" / "kubernetes"))
+    made = [each["metadata"]["name"] for each in yaml.safe_load_all(text) if each["kind"] == "Namespace"]
+    assert made == ["llmplane-system"]
+
+
 def test_the_pods_meet_the_restricted_standard(deployed: ApiServer) -> None:
     """The API server warns where a Deployment's pods would be refused."""
     answer = deployed.kubectl("-n", "llmplane-system", "get", "deployment", "llmplane", "-o", "yaml")
@@ -80,6 +90,8 @@ spec:
     )
     lab.answer_when(DASHSCOPE, lambda answer: answer.status == 401)
     eventually(lambda: "secrets is forbidden" in str(lab.mesh.status()["problems"]))
+    why = f"Secret {lab.namespace}/keys cannot be read: secrets is forbidden"
+    lab.condition_when("llmp", "dashscope", "ResolvedRefs", lambda found: why in found.get("message", ""))
     lab.kubectl(
         "create", "rolebinding", "llmplane-secrets", "--clusterrole=llmplane-secrets",
         f"--serviceaccount={ACCOUNT}",

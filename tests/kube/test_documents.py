@@ -147,16 +147,20 @@ def test_observability(lab: KubeLab) -> None:
     patch = {"spec": {"template": {"metadata": {"annotations": annotation}}}}
     lab.kubectl("patch", "deployment", "sleep", "-p", json.dumps(patch))
 
-    for name, options in (("qwen-1.8b-chat", ()), ("qwen-turbo", SUBSCRIBER)):
-        # The first requests may come before all of this is in effect.
-        eventually(
-            lambda n=name, o=options: model(lab, f"http://{DASHSCOPE}", *o) == n and has_logged(lab, n)
-        )
-
     def metric(name: str, **labels: str) -> bool:
         stats = run("curl", f"{lab.mesh.bind_address}:15090/stats/prometheus").splitlines()
         pairs = [f'{label}="{value}"' for label, value in labels.items()]
         return any(line.startswith(f"{name}{{") and all(pair in line for pair in pairs) for line in stats)
+
+    for name, options in (("qwen-1.8b-chat", ()), ("qwen-turbo", SUBSCRIBER)):
+        # The first requests may come before all of this is in effect.
+        eventually(
+            lambda n=name, o=options: (
+                model(lab, f"http://{DASHSCOPE}", *o) == n
+                and has_logged(lab, n)
+                and metric("istio_requests_total", source_workload="sleep", model=n)
+            )
+        )
 
     where = {
         "llmproxy_source_workload": "sleep",
@@ -167,7 +171,6 @@ def test_observability(lab: KubeLab) -> None:
         for kind in ("prompt", "completion"):
             counter = f"asm_llm_proxy_{kind}_tokens"
             eventually(lambda n=name, c=counter: metric(c, **where, llmproxy_model=n))
-        eventually(lambda n=name: metric("istio_requests_total", source_workload="sleep", model=n))
 
 
 def has_logged(lab: KubeLab, name: str) -> bool:
@@ -185,10 +188,10 @@ def test_ingress_gateway(lab: KubeLab) -> None:
     gateway = lab.mesh.start_gateway(bind_address=own_address(), options=options)
     command = curl(f"{gateway.bind_address}:80", "--header", "host: test.com")
     apply_step(lab, "004-ingress-gateway", 3)
-    eventually(lambda: answer(run(*command)).get("model") == "qwen-1.8b-chat")
+    lab.when(lambda: run(*command), lambda text: answer(text).get("model") == "qwen-1.8b-chat")
     lab.kubectl("wait", "--for=condition=Programmed", "--timeout=60s", "llmroute", "--all")
     of_istio = ["wait", "--for=condition=Programmed", "--timeout=60s", "gateways", "--all"]
     lab.cluster.kubectl("-n", "istio-system", *of_istio)
 
     apply(lab, EXAMPLES / "004-ingress-gateway" / "step-5" / "5-auth-policy.yaml")
-    eventually(lambda: run(*command) == "RBAC: access denied")
+    lab.when(lambda: run(*command), lambda text: text == "RBAC: access denied")

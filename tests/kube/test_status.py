@@ -126,7 +126,7 @@ def test_what_somebody_must_act_on_is_an_event(replicas: list[KubeLab]) -> None:
     assert "Secret replicas/nothing does not exist" in events_of(lab)["SecretNotFound"]["note"]
     lab.apply(provider("m"))
     eventually(lambda: "Warning" in events_of(lab))
-    assert "put it into a Secret" in events_of(lab)["Warning"]["note"]
+    assert "put the key into a Secret" in events_of(lab)["Warning"]["note"]
     lab.apply(provider("m", key="defaults: {a: 1}, overrides: {a: 2}"))
     eventually(lambda: "Invalid" in events_of(lab))
     described = lab.kubectl("describe", "llmprovider", "dashscope")

@@ -348,6 +348,15 @@ def test_inject_names_what_it_cannot_follow(text: str, why: str) -> None:
     assert result.stderr.startswith(why)
 
 
+def test_inject_wants_a_ca() -> None:
+    """With anything else the sidecars would start, and never get a configuration."""
+    write("ca.pem", "a token")
+    write("pod.yaml", POD)
+    result = run("inject", "-f", "pod.yaml", "--xds-ca-file", "ca.pem")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: ca.pem: has no CA certificate in PEM form\n"
+
+
 # Mistakes
 
 

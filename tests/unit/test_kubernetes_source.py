@@ -43,6 +43,13 @@ def secret(name: str = "keys", value: str = "c2stMQ==") -> str:  # sk-1
     return f"{{apiVersion: v1, kind: Secret, metadata: {{name: {name}}}, data: {{k: {value}}}}}"
 
 
+def refs(state: SourceState) -> str:
+    """Return what the condition ResolvedRefs of the provider `a` says."""
+    _, resolved = conditions(world_of(state, MeshSettings()))[ObjectKey("LLMProvider", "default", "a")]
+    assert resolved.status == (not resolved.message)
+    return resolved.message
+
+
 FIRST, SECOND = "token-1", "token-2"
 BROKEN = provider().replace("path: /v1/chat/completions", "path: no-slash")
 MESH = """
@@ -339,10 +346,13 @@ async def test_a_placeholder_is_not_filled_in(
     monkeypatch.setenv("API_KEY_OF_DASHSCOPE", "sk-of-the-control-plane")
     await fake.put(provider("a", key="${ API_KEY of dashscope}"))
     async with watching() as source:
-        world = world_of(await source.when(has("a")), MeshSettings())
-        _, resolved = conditions(world)[ObjectKey("LLMProvider", "default", "a")]
-        assert not resolved.status
-        assert "the placeholder ${ API_KEY of dashscope} was not filled in" in resolved.message
+        state = await source.when(has("a"))
+        assert "the placeholder ${ API_KEY of dashscope} was not filled in" in refs(state)
+        (warning,) = state.problems
+        assert warning.message == (
+            "nothing fills in ${ API_KEY of dashscope} on Kubernetes: "
+            "put the key into a Secret (apiKeySecretRef)"
+        )
 
 
 async def test_what_others_write_into_an_object_is_no_change(fake: FakeApi, watching: Any) -> None:
@@ -425,11 +435,16 @@ class TestSecrets:
             assert [str(problem) for problem in errors(state)] == [
                 "Secret: the Secrets of namespace default cannot be read: secrets is forbidden"
             ]
-            resolved = provider_refs(state)
-            assert "Secret default/keys cannot be read: secrets is forbidden; requests are" in resolved
+            assert "Secret default/keys cannot be read: secrets is forbidden; requests are" in refs(state)
             fake.refuse = None
             state = await source.when(has("a", "keys"))
             assert not state.incomplete
+            assert refs(state) == ""
+
+    async def test_a_secret_that_is_not_there(self, fake: FakeApi, watching: Any) -> None:
+        await fake.put(with_secret())
+        async with watching() as source:
+            assert "Secret default/keys does not exist; requests are" in refs(await source.when(has("a")))
 
 
 class TestMeshConfiguration:
@@ -465,5 +480,5 @@ async def test_a_key_that_whoever_reads_objects_can_read_is_a_warning(fake: Fake
         (warning,) = state.problems
         assert (warning.name, warning.field) == ("a", "spec.configs.defaultConfig.openAIConfig.apiKey")
         assert warning.message == (
-            "whoever may read this object has the key: put it into a Secret (apiKeySecretRef)"
+            "whoever may read this object has the key: put the key into a Secret (apiKeySecretRef)"
         )

@@ -26,17 +26,26 @@ def test_the_context_of_a_provider() -> None:
     assert context == {
         "id": context["id"],
         "host": "dashscope.aliyuncs.com",
-        "prefix": "/v1",
-        "operations": [
-            [
-                "POST /chat/completions",
-                ["force", '"qwen-turbo"', "model"],
-                ["fill", "0.30", "temperature"],
-                ["fill_stream", "true", "stream_options", "include_usage"],
-            ],
-            "GET /models",
-        ],
+        "data": "/v1\x1f100\x1f"
+        "\x1ePOST /chat/completions\x1f"
+        'force\x1f"qwen-turbo"\x1f"model"\x1f\x1f'
+        'fill\x1f0.30\x1f"temperature"\x1f\x1f'
+        'fill_stream\x1ftrue\x1f"stream_options"\x1f"include_usage"\x1f'
+        "\x1eGET /models",
     }
+
+
+def test_what_the_data_begin_with() -> None:
+    """The prefix of paths, how many models of clients metrics show, and how many bytes a body may have."""
+    context = filter_context("a.example", [CHAT], models=7, max_bytes=1000)
+    assert context["data"].startswith("/v1\x1f7\x1f1000\x1e")
+
+
+def test_what_separates_is_in_no_part() -> None:
+    """Keys of users may hold anything."""
+    member = Member(("a\x1e\x1f\n", "\u4f60"), "1", "fill")
+    context = filter_context("a.example", [Operation("POST", "/chat", "/chat", (member,))])
+    assert context["data"].endswith('\x1ePOST /chat\x1ffill\x1f1\x1f"a\\u001e\\u001f\\n"\x1f"\\u4f60"\x1f')
 
 
 def test_the_context_survives_a_protobuf_struct() -> None:
@@ -47,19 +56,19 @@ def test_the_context_survives_a_protobuf_struct() -> None:
 def test_a_path_is_written_only_where_it_is_not_prefix_and_suffix() -> None:
     chat = Operation("POST", "/chat/completions", "/x/chat/completions?api-version=1", ())
     context = filter_context("a.example", [chat, MODELS])
-    assert context["prefix"] == ""
-    assert context["operations"] == [
-        ["POST /chat/completions /x/chat/completions?api-version=1"],
-        "GET /models /v1/models",
-    ]
+    assert context["data"] == (
+        "\x1f100\x1f"
+        "\x1ePOST /chat/completions /x/chat/completions?api-version=1\x1f"
+        "\x1eGET /models /v1/models"
+    )
 
 
 def test_no_members_and_no_splice_differ() -> None:
-    """With no members the body must still be a JSON object; without a list it passes unseen."""
+    """With no members the body must still be a JSON object; without a place for them it passes unseen."""
     checked = filter_context("a.example", [Operation("POST", "/embeddings", "/embeddings", ())])
     unseen = filter_context("a.example", [Operation("POST", "/embeddings", "/embeddings")])
-    assert checked["operations"] == [["POST /embeddings"]]
-    assert unseen["operations"] == ["POST /embeddings"]
+    assert checked["data"].endswith("\x1ePOST /embeddings\x1f")
+    assert unseen["data"].endswith("\x1ePOST /embeddings")
 
 
 def test_the_id_stands_for_the_content() -> None:
