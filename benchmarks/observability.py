@@ -172,7 +172,7 @@ def _streams(stack: ExitStack, certificates: _Certificates, *, quick: bool) -> T
     port = stack.enter_context(_running_paced_server(certificates.directory))
     ways = _ways(stack, certificates, port)
     samples: list[list[_Streamed]] = [[] for _ in ways]
-    for number in range((2 if quick else 9) + 1):
+    for number in range((2 if quick else 25) + 1):
         for step in range(len(ways)):
             index = (number + step) % len(ways)
             sample = asyncio.run(_round(ways[index], 10))
