@@ -516,6 +516,7 @@ local MODEL_STATE, OPERATION_STATE = "wasm.asm.llmproxy.request_model", "llm.ope
 local LABEL_STATE, OTHER = "llm.model_label", "other"
 local PROMPT_STATE = "wasm.asm.llmproxy.request_prompt_tokens"
 local COMPLETION_STATE = "wasm.asm.llmproxy.request_completion_tokens"
+local RETRIED_STATE = "llm.retried_prompt_tokens"
 -- Filter state for the response side: the time, in microseconds, behind ADDED if the usage chunk of the answer
 -- is to be removed. There where a stream was asked for.
 local ATTEMPT_STATE, ADDED = "llm.attempt", "+"
@@ -580,6 +581,8 @@ end
 local function seconds(time) return ("%.6f"):format(time / 1e6) end -- as Envoy's metrics take it
 
 local function microseconds(h) return h:timestampString(EnvoyTimestampResolution.MICROSECOND) end
+
+local TOKENS_PER_BYTE = 1 / 4 -- where nobody counted
 
 local function handle(h)
   local plan = plan_of(h:filterContext())
@@ -658,6 +661,10 @@ local function handle(h)
   end
   if timed or again then
     state:set(ATTEMPT_STATE, "envoy.string", timed and (added and ADDED or "") .. microseconds(h) or "")
+  end
+  if again then -- Envoy drops the answer of an attempt that it repeats: what that cost is an estimate
+    local retried = (tonumber(state:get(RETRIED_STATE) or "") or 0) + math.ceil(size * TOKENS_PER_BYTE)
+    state:set(RETRIED_STATE, "envoy.string", ("%d"):format(retried))
   end
 end
 
@@ -1424,8 +1431,6 @@ end
 
 -- --------------------------------------------------------------------------------------------------
 -- The response
-
-local TOKENS_PER_BYTE = 1 / 4 -- where nobody counted
 
 -- Returns prompt and completion tokens as far as they are known or can be guessed; nil if neither.
 local function tokens(h, r)

@@ -178,7 +178,7 @@ def _special(llm: Labels) -> Iterator[Metric]:
     more = f"%CEL({_IS_RETRIED} ? upstream.request_attempt_count - 1u : 0u)%"
     yield Metric("llmplane_retries_total", llm, more)
     yield Metric("llmplane_fallbacks_total", llm, f"%CEL({_IS_RETRIED} ? 1u : 0u)%")
-    for kind in ("cached", "reasoning"):
+    for kind in ("cached", "reasoning", "retried_prompt"):
         key = f"llm.{kind}_tokens"
         value = f"%CEL('{key}' in filter_state ? filter_state['{key}'] : '0')%"
         yield Metric(f"llmplane_{kind}_tokens_total", llm, value)

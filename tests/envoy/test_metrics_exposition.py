@@ -215,6 +215,7 @@ def test_a_fallback_is_counted(lab: Lab) -> None:
     labels = {"destination_service": MOONSHOT, "model": "moonshot-v1-8k"}
     eventually(lambda: growth.of("llmplane_fallbacks_total", **labels) == 1)
     assert growth.of("llmplane_retries_total", **labels) >= 1
+    assert growth.of("llmplane_retried_prompt_tokens_total", **labels) > 0
     assert growth.of("llmplane_requests_total", response_code="200", **labels) == 1
 
 

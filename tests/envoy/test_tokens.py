@@ -39,6 +39,7 @@ STATE = {
     "operation": "llm.operation",
     "first": "llm.time_to_first_token",
     "each": "llm.time_per_output_token",
+    "retried": "llm.retried_prompt_tokens",
 }
 JSON = (("content-type", "application/json"),)
 EVENTS = (("content-type", "text/event-stream; charset=utf-8"),)
@@ -788,7 +789,7 @@ def test_a_stream_without_usage_is_estimated(world: World) -> None:
     assert (line["usage"], line["prompt"], line["completion"], line["total"]) == ("estimated", "5", "2", "7")
 
 
-def test_a_failed_attempt_leaves_nothing(world: World) -> None:
+def test_a_failed_attempt_leaves_an_estimate_of_its_prompt(world: World) -> None:
     """Envoy's router drops an attempt that it repeats before its body: what it cost is not to be seen."""
     cost = {"prompt_tokens": 50, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 40}}
     failed = Script([dump({"model": "other", "usage": cost})], status=503)
@@ -799,6 +800,7 @@ def test_a_failed_attempt_leaves_nothing(world: World) -> None:
         line = world.logged(name)
         assert line["attempts"] == 2
         assert told(line) == {"prompt": "3", "completion": "72", "total": "75", "usage": "reported"}
+        assert line["retried"] == "5", "a token for four bytes"
 
 
 # --------------------------------------------------------------------------------------------------
