@@ -108,12 +108,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def fake() -> AsyncIterator[FakeApi]:
-    async with running_api(FakeApi()) as running:
-        yield running
-
-
-@pytest.fixture
 def watching(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     @asynccontextmanager
     async def watching(last_good: LastGood | None = None) -> AsyncIterator[Watched]:

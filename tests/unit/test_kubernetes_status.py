@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from llmplane.kubeapi import Api
 from llmplane.kubestatus import Figure, StatusWriter, figures, is_written, status_of
 from llmplane.leader import Leader
 from llmplane.sources.kubernetes import Entry
-from tests.support.kubeapi import FakeApi, connected_api, running_api, write_kubeconfig
+from tests.support.kubeapi import FakeApi
 
 PROVIDER = """
 apiVersion: istio.alibabacloud.com/v1beta1
@@ -95,18 +93,6 @@ class TestProgrammed:
 
     def test_nothing_is_said_of_a_generation_that_is_not_served_yet(self) -> None:
         assert figures(self.entry(), view("3/3", self.ACCEPTED, generation=1)) == ()
-
-
-@pytest.fixture
-async def fake() -> AsyncIterator[FakeApi]:
-    async with running_api(FakeApi()) as running:
-        yield running
-
-
-@pytest.fixture
-async def api(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    async with connected_api(write_kubeconfig(tmp_path / "kubeconfig", fake.url), monkeypatch) as connected:
-        yield connected
 
 
 def replica(api: Api, name: str) -> Leader:

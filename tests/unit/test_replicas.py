@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from llmplane.events import Call, Events, calls
 from llmplane.kubeapi import Api
 from llmplane.replicas import NAME, Count, Replicas, key_of, total
 from llmplane.sources.kubernetes import Entry
-from tests.support.kubeapi import FakeApi, connected_api, running_api, write_kubeconfig
+from tests.support.kubeapi import FakeApi
 
 NAMESPACE = "llmplane-system"
 
@@ -56,18 +55,6 @@ class TestTotal:
             "reason": "Refused",
             "message": "x refused y: bad",
         }
-
-
-@pytest.fixture
-async def fake() -> AsyncIterator[FakeApi]:
-    async with running_api(FakeApi()) as fake:
-        yield fake
-
-
-@pytest.fixture
-async def api(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    async with connected_api(write_kubeconfig(tmp_path / "kubeconfig", fake.url), monkeypatch) as connected:
-        yield connected
 
 
 @pytest.fixture

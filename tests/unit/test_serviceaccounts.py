@@ -13,7 +13,7 @@ from llmplane.auth import TokenFile
 from llmplane.kubeapi import Api
 from llmplane.pods import workload_name
 from llmplane.serviceaccounts import AccountAuthenticator
-from tests.support.kubeapi import FakeApi, connected_api, running_api, write_kubeconfig
+from tests.support.kubeapi import FakeApi, running_api
 from translator.proxy import Proxy, ProxyType
 from xds.server import AuthenticationUnavailable, Node, NodeRejected, Peer, Unauthenticated
 
@@ -45,12 +45,6 @@ async def fake() -> AsyncIterator[FakeApi]:
         fake.tokens[TOKEN] = ("team-a:sleep", "sleep-5d8f-x2x4", uid)
         fake.tokens[UNBOUND] = ("team-a:sleep", "", "")
         yield fake
-
-
-@pytest.fixture
-async def api(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    async with connected_api(write_kubeconfig(tmp_path / "kubeconfig", fake.url), monkeypatch) as connected:
-        yield connected
 
 
 @pytest.fixture
