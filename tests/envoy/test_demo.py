@@ -41,7 +41,9 @@ def test_it_shows_every_scenario_of_the_documents() -> None:
 def test_keep_leaves_it_running_until_ctrl_c_which_ends_everything(tmp_path: Path) -> None:
     output = tmp_path / "output"
     with output.open("wb") as stream:
-        process = subprocess.Popen([*COMMAND, "--keep"], stdout=stream, stderr=stream)
+        # A shell without job control has what it runs in the background ignore Ctrl-C.
+        command = ["env", "--default-signal=INT", *COMMAND, "--keep"]
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
     try:
         text = _wait_for(output, "Ctrl-C ends it")
         address = re.search(r"http_proxy=http://([\d.]+):15080", text)
