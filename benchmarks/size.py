@@ -22,7 +22,7 @@ from tests.support.envoy import running_envoy
 from translator import lua
 from translator.proxy import ProxyType
 from xds import protos
-from xds.resources import CDS, LDS, RDS, SDS, SRDS, Resource
+from xds.resources import CDS, ECDS, LDS, RDS, SDS, SRDS, Resource
 
 _DOMAIN = "example.com"
 _LOCAL_DOMAIN = "localhost"
@@ -76,7 +76,10 @@ def _received(count: int) -> Counter[str]:
             response_deserializer=bytes,
         )(iter(requests.get, None))
         wildcards = [(type_url, list[str]()) for type_url in (CDS, LDS, SRDS)]
-        for type_url, names in (*wildcards, *((named, _names(expected, named)) for named in (RDS, SDS))):
+        for type_url, names in (
+            *wildcards,
+            *((named, _names(expected, named)) for named in (RDS, SDS, ECDS)),
+        ):
             requests.put(
                 protos.DeltaDiscoveryRequest(node=_node(), type_url=type_url, resource_names_subscribe=names)
             )
@@ -112,10 +115,6 @@ def _fields() -> Table:
         if resource.type_url == CDS:
             rows.append(["Cluster, with its name and version", len(resource.delta_frame)])
             rows.extend(_of_message(message(resource), 1))
-        elif resource.type_url == RDS:
-            host = message(resource).virtual_hosts[0]
-            rows.append(["VirtualHost", host.ByteSize()])
-            rows.extend(_of_message(host, 1))
         elif resource.type_url == SDS and resource.name != "ROOTCA":
             rows.append(["Secret, with its name and version", len(resource.delta_frame)])
             rows.extend(_of_message(message(resource), 1))

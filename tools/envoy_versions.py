@@ -25,6 +25,7 @@ TESTS = (
     "request_path",
     "fallback",
     "llmroute",
+    "plain_providers",
     "live_change",
     "nack",
     "seeds",

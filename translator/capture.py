@@ -25,11 +25,11 @@ from translator import scopes
 from translator.clusters import HOST_METADATA
 from translator.endpoints import is_ip
 from translator.hosts import service_name
-from translator.listeners import LOWER_CASE_HOST, connection_manager
+from translator.listeners import connection_manager
 from translator.memory import Memory
 from translator.parts import Collection, Part
 from translator.proxy import Proxy
-from translator.routes import HostRoutes, RouteTable
+from translator.routes import LOWER_CASE_HOST, HostRoutes, RouteTable
 from translator.rules import NOT_FORWARDED
 from translator.world import World
 from xds import protos

@@ -54,16 +54,16 @@ def local_reply_config() -> Message:
                 status=405,
             ),
             _error(
+                _UNKNOWN_HOST,
+                "No LLMRoute and no LLMProvider takes this request: %REQ(:AUTHORITY)%.",
+                "invalid_request_error",
+                "route_not_found",
+            ),
+            _error(
                 _flags("NC"),
                 "The LLMProvider that this request is routed to does not exist.",
                 "server_error",
                 "provider_not_found",
-            ),
-            _error(
-                _flags("NR"),
-                "No LLMRoute and no LLMProvider takes this request: %REQ(:AUTHORITY)%.",
-                "invalid_request_error",
-                "route_not_found",
             ),
             _error(
                 _details(' == "ext_authz_error"'),
@@ -222,3 +222,6 @@ _TUNNEL = {
         ]
     }
 }
+
+_UNKNOWN_HOST = {"and_filter": {"filters": [_status(404), _flags("NR", "NC")]}}
+"""No route, or on a sidecar no cluster of the host's name (translator.routes)."""

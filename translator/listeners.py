@@ -12,14 +12,12 @@ from translator.certificates import server_context
 from translator.errors import local_reply_config
 from translator.gateways import GatewayListener
 from translator.proxy import Proxy, ProxyType
-from translator.scopes import LISTENER_HEADER
+from translator.routes import LOWER_CASE_HOST, PLAIN_CLUSTER, ROUTES_HEADER, has_catch_all
 from translator.world import World
 from xds import protos
 
 HTTP_PROXY_ROUTES = "http_proxy"
 """Istio's name of the route configuration that the HTTP proxy listener uses."""
-LOWER_CASE_HOST = "lower_case_host"
-"""Name of the filter that scoped routes need."""
 
 
 _STATISTICS = {ProxyType.SIDECAR: HTTP_PROXY_ROUTES, ProxyType.ROUTER: "gateway"}
@@ -43,11 +41,11 @@ _FORWARDED = (
 _LOWER_CASE_HOST = """
 function envoy_on_request(handle)
   local headers = handle:headers()
-  headers:replace(":authority", headers:get(":authority"):lower())
+  for _, name in ipairs({%s}) do headers:replace(name, headers:get(name):lower()) end
   handle:clearRouteCache()
 end
 """
-"""Scopes are compared letter by letter; with the cleared cache, Envoy looks for the scope anew."""
+"""Scopes and clusters are compared letter by letter; with the cleared cache, Envoy looks for both anew."""
 
 
 def sidecar_listener(world: World, proxy: Proxy, *, scoped: bool) -> Message | None:
@@ -118,7 +116,7 @@ def connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool)
         stream_idle_timeout=timedelta(),
         local_reply_config=local_reply_config(),
         http_filters=[
-            *([_lower_case_host()] if scoped else []),
+            *_lower_case_host(proxy, scoped=scoped),
             *policies.filters(world, proxy),
             {
                 "name": "envoy.filters.http.router",
@@ -146,7 +144,8 @@ def _of_gateway(config: MeshConfig) -> dict[str, Any]:
 def _early_mutations(world: World, proxy: Proxy, routes: str, *, scoped: bool) -> Message:
     """Remove what steers Envoy's router (retries, timeouts) or tells of the client: the client may not.
 
-    On a gateway with ``scoped`` routes say which listener it is.
+    Then say what the routes need to know (`ROUTES_HEADER`): which listener it is, on a gateway with
+    ``scoped`` routes; or which cluster is the host's.
     """
     steering = _STEERING
     if (
@@ -163,12 +162,14 @@ def _early_mutations(world: World, proxy: Proxy, routes: str, *, scoped: bool) -
         )
     ]
     if scoped and proxy.type is ProxyType.ROUTER:
-        mutations.append({"append": {"header": {"key": LISTENER_HEADER, "value": routes}}})
+        mutations.append({"append": {"header": {"key": ROUTES_HEADER, "value": routes}}})
+    if has_catch_all(proxy):
+        mutations.append({"append": {"header": {"key": ROUTES_HEADER, "value": PLAIN_CLUSTER}}})
     return protos.EarlyHeaderMutation(mutations=mutations)
 
 
 def _scoped_routes(name: str, proxy: Proxy) -> dict[str, Any]:
-    headers = [":authority", *([LISTENER_HEADER] if proxy.type is ProxyType.ROUTER else [])]
+    headers = [":authority", *([ROUTES_HEADER] if proxy.type is ProxyType.ROUTER else [])]
     return {
         "name": name,
         "scope_key_builder": {
@@ -179,9 +180,18 @@ def _scoped_routes(name: str, proxy: Proxy) -> dict[str, Any]:
     }
 
 
-def _lower_case_host() -> dict[str, Any]:
-    """Make the filter that turns the host into lower case; where it is, as nearly always, nothing runs."""
-    script = {"@type": _TYPES + _LUA, "default_source_code": {"inline_string": _LOWER_CASE_HOST}}
+def _lower_case_host(proxy: Proxy, *, scoped: bool) -> list[dict[str, Any]]:
+    """Make the filter that turns the host into lower case; where it is, as nearly always, nothing runs.
+
+    Scopes are looked for before there is a route, which otherwise would switch the filter on.
+    """
+    headers = [":authority", *([ROUTES_HEADER] if has_catch_all(proxy) else [])]
+    text = _LOWER_CASE_HOST % ", ".join(f'"{name}"' for name in headers)
+    if not scoped:
+        script = protos.Lua(default_source_code={"inline_string": text})
+        disabled = {"name": LOWER_CASE_HOST, "typed_config": protos.pack(script), "disabled": True}
+        return [disabled] if has_catch_all(proxy) else []
+    script = {"@type": _TYPES + _LUA, "default_source_code": {"inline_string": text}}
     header = {
         "@type": _TYPES + "envoy.type.matcher.v3.HttpRequestHeaderMatchInput",
         "header_name": ":authority",
@@ -207,4 +217,4 @@ def _lower_case_host() -> dict[str, Any]:
             "xds_matcher": matcher,
         },
     )
-    return {"name": LOWER_CASE_HOST, "typed_config": protos.pack(filter_)}
+    return [{"name": LOWER_CASE_HOST, "typed_config": protos.pack(filter_)}]

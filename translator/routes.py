@@ -2,6 +2,11 @@
 
 On a sidecar each LLMRoute of the mesh, and each LLMProvider without one. On a gateway what LLMRoutes attach
 to its Gateways, as VirtualServices do in Istio (asm-and-istio.md 4.5).
+
+A changed route configuration is made anew by Envoy, all of it. So on a sidecar plain providers, nearly all
+of those without an LLMRoute, have no virtual host of their own: a catch-all virtual host leads to the cluster
+that is named after the request's host, and to add a provider is to add a cluster. Not so where connections
+are captured: there unknown hosts pass through.
 """
 
 import hashlib
@@ -23,19 +28,33 @@ from translator.features import Feature
 from translator.gateways import Chain, intersection
 from translator.hosts import authority, domains, service_name
 from translator.memory import Memory
-from translator.proxy import Proxy
+from translator.proxy import Proxy, ProxyType
 from translator.rules import NOT_FORWARDED, Rules, Targets, applies, body_limit, sending
 from translator.world import MESH, MeshSettings, World
 from xds import protos
 
+ROUTES_HEADER = "x-envoy-llmplane-routes"
+"""What a listener tells its routes: a sidecar's, the cluster of the plain provider that has the request's
+host, if there is one; a gateway's, which listener it is (translator.scopes). Clients cannot set it."""
+
+LOWER_CASE_HOST = "lower_case_host"
+"""Name of a listener's filter that turns the host, and the cluster's name with it, into lower case."""
+
+_PLAIN = "outbound|443||"
+"""What stands before the host in the name of a plain provider's cluster."""
+
+PLAIN_CLUSTER = f"{_PLAIN}%REQ(:authority)%"
+"""That name in Envoy's substitution format."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostRoutes:
-    """The virtual host of LLMRoutes or of a provider, and the destinations that it names."""
+    """The virtual host of LLMRoutes or of a provider, and the destinations that it leads to."""
 
     virtual_host: Message
+    """Of a plain provider the catch-all virtual host."""
     names: tuple[str, ...]
-    """The domains of the virtual host."""
+    """The domains of the virtual host; of a plain provider its host."""
     destinations: tuple[Destination, ...]
     backends: tuple[Backend, ...]
     objects: tuple[ObjectKey, ...]
@@ -45,6 +64,8 @@ class HostRoutes:
     """Whether its routes themselves remove the headers that are not forwarded."""
     secrets: tuple[ObjectKey, ...]
     """The Secrets that the providers among the destinations refer to."""
+    reachable: tuple[str, ...]
+    """The hosts that the catch-all virtual host, if it took them, would lead to one of the clusters."""
 
     @classmethod
     def of(
@@ -56,17 +77,25 @@ class HostRoutes:
         objects: Iterable[ObjectKey],
         *,
         removes: bool,
+        names: Iterable[str] | None = None,
     ) -> Self:
-        """Put them together; ``main`` is the name of the host that is the same for all clients."""
+        """Put them together; ``main`` is the name of the host that is the same for all clients.
+
+        ``names`` are the virtual host's domains if not given.
+        """
+        leads_to, services = tuple(destinations), tuple(backends)
+        clusters = [target.cluster_name for target in leads_to]
+        clusters += [service.cluster_name for service in services]
         return cls(
             virtual_host,
-            tuple(virtual_host.domains),
-            (leads_to := tuple(destinations)),
-            tuple(backends),
+            tuple(virtual_host.domains if names is None else names),
+            leads_to,
+            services,
             tuple(objects),
             int.from_bytes(hashlib.sha256(main.encode()).digest()[:8]),
             removes,
             tuple(dict.fromkeys(key for target in leads_to for key in target.provider.secrets)),
+            tuple(name.removeprefix(_PLAIN) for name in clusters if name.startswith(_PLAIN)),
         )
 
 
@@ -76,17 +105,22 @@ class RouteTable:
 
     name: str
     hosts: tuple[HostRoutes, ...]
+    """Those with a virtual host of their own."""
     can_be_scoped: bool
     """Whether Envoy is new enough for scoped routes."""
     has_wildcards: bool
     """Whether a host stands for many."""
     listener: str | None = None
     """What tells its scopes from those of other listeners; a sidecar has only one."""
+    plain: tuple[HostRoutes, ...] = ()
+    """Providers that the catch-all virtual host leads to."""
+    catch_all: Message | None = None
+    """Its routes are one for hosts that are not in lower case, and the one that leads to the cluster."""
 
     @property
     def routes(self) -> Message:
         """All of it as one route configuration."""
-        return route_configuration(self.name, self.hosts)
+        return route_configuration(self.name, self.hosts, self.catch_all)
 
     @property
     def backends(self) -> Mapping[Backend, tuple[ObjectKey, ...]]:
@@ -98,8 +132,13 @@ class RouteTable:
         return {backend: tuple(keys) for backend, keys in found.items()}
 
 
+def has_catch_all(proxy: Proxy) -> bool:
+    """Whether the routes of a proxy have a catch-all virtual host, unless an LLMRoute takes all hosts."""
+    return proxy.type is ProxyType.SIDECAR and not proxy.captures
+
+
 def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = None) -> RouteTable:
-    """Make the routes of a proxy: a virtual host for each LLMRoute and each provider without one.
+    """Make the routes of a sidecar: for each LLMRoute and each provider without one.
 
     A domain belongs to the first that claims it: two virtual hosts with one domain would make Envoy refuse
     the whole route configuration.
@@ -120,12 +159,24 @@ def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = N
         hosts.append(maker.of_route(route, free))
     # As in Istio, a route with a wildcard host comes before the providers below it.
     routed = tuple(wildcards)
+    plain: list[HostRoutes] = []
     for host in sorted(maker.providers):
         made = None if host.endswith(routed) else maker.of_provider(maker.providers[host], taken)
         if made is not None:
             taken.update(made.names)
-            hosts.append(made)
-    return RouteTable(name, tuple(hosts), proxy.supports(Feature.SCOPED_ROUTES), bool(wildcards))
+            (plain if made.virtual_host is maker.catch_all else hosts).append(made)
+    catch_all = None if "*" in taken else maker.catch_all
+    if catch_all is not None:
+        reachable = {host for of in hosts for host in of.reachable if not host.endswith(routed)}
+        hosts += [maker.of_nobody(host) for host in sorted(reachable) if authority(host) not in taken]
+    return RouteTable(
+        name,
+        tuple(hosts),
+        proxy.supports(Feature.SCOPED_ROUTES),
+        bool(wildcards),
+        plain=tuple(plain),
+        catch_all=catch_all,
+    )
 
 
 def gateway_route_table(world: World, proxy: Proxy, chain: Chain, memory: Memory | None = None) -> RouteTable:
@@ -176,14 +227,14 @@ def gateway_route_table(world: World, proxy: Proxy, chain: Chain, memory: Memory
     return RouteTable(chain.routes, tuple(made), can_be_scoped, has_wildcards, listener=chain.routes)
 
 
-def route_configuration(name: str, hosts: Sequence[HostRoutes]) -> Message:
+def route_configuration(name: str, hosts: Sequence[HostRoutes], catch_all: Message | None = None) -> Message:
     """Make a route configuration of these hosts."""
     # The headers are on the route configuration and not on each route, where they can be: bytes on the wire.
     removes = any(host.removes for host in hosts)
     return protos.RouteConfiguration(
         name=name,
-        virtual_hosts=[host.virtual_host for host in hosts],
-        request_headers_to_remove=() if removes else NOT_FORWARDED,
+        virtual_hosts=[*(host.virtual_host for host in hosts), *([catch_all] if catch_all else [])],
+        request_headers_to_remove=[ROUTES_HEADER] if removes else NOT_FORWARDED,
     )
 
 
@@ -224,8 +275,12 @@ class _Maker:
         self._memory = memory
         # A Service gets the headers that a provider does not get, such as those that a gateway checks.
         self._removes = any(route.has_backends for route in routes)
-        self._for_all = memory.part("hosts of providers", self._removes, world.mesh)
-        self._for_namespace = memory.part("hosts of providers", self._removes, world.mesh, proxy.namespace)
+        circumstances = ("hosts of providers", self._removes, world.mesh, has_catch_all(proxy))
+        self._for_all = memory.part(*circumstances)
+        self._for_namespace = memory.part(*circumstances, proxy.namespace)
+        self.catch_all: Message | None = None
+        if has_catch_all(proxy):
+            self.catch_all = self._for_all.recall("catch-all", None, self._made_catch_all)
 
     def rules(self, route: LLMRoute, gateway: str = MESH) -> Rules:
         """Make the routes of an LLMRoute for requests that come in by a gateway."""
@@ -295,20 +350,51 @@ class _Maker:
         return self._made(provider, self._names(provider))
 
     def _made(self, provider: LLMProvider, names: _Names) -> HostRoutes:
-        target = Destination.of(provider)
-        action = {
-            "cluster": target.cluster_name,
-            **sending(None, []),
-        }
-        route = protos.Route(
-            name="default",
-            match={"prefix": "/"},
-            route=action,
-            request_headers_to_remove=NOT_FORWARDED if self._removes else (),
-            **body_limit([provider]),
+        target, limit = Destination.of(provider), body_limit([provider])
+        is_plain = names.all == (provider.spec.host,) and target.cluster_name == _PLAIN + names.main
+        if self.catch_all is not None and is_plain and not limit:
+            made = self.catch_all
+        else:
+            route = self._default_route({"cluster": target.cluster_name}, **limit)
+            made = self._virtual_host(provider.spec.host, names.all, [route])
+        return HostRoutes.of(
+            made, names.main, (target,), (), (provider.key,), removes=self._removes, names=names.all
         )
-        made = self._virtual_host(provider.spec.host, names.all, [route])
-        return HostRoutes.of(made, names.main, (target,), (), (provider.key,), removes=self._removes)
+
+    def _default_route(
+        self, destination: Mapping[str, Any], headers: Sequence[Mapping[str, Any]] = (), **more: Any
+    ) -> Message:
+        return protos.Route(
+            name="default",
+            match={"prefix": "/", "headers": headers},
+            route={**destination, **sending(None, [])},
+            request_headers_to_remove=NOT_FORWARDED if self._removes else (),
+            **more,
+        )
+
+    def _made_catch_all(self) -> Message:
+        by_host = {"cluster_header": ROUTES_HEADER, "cluster_not_found_response_code": "NOT_FOUND"}
+        has_upper_case = {"name": ":authority", "string_match": {"safe_regex": {"regex": ".*[A-Z].*"}}}
+        enabled = protos.FilterConfig(config={})
+        filters = {LOWER_CASE_HOST: protos.pack(enabled)}
+        routes = [
+            self._default_route(by_host, [has_upper_case], typed_per_filter_config=filters),
+            self._default_route(by_host),
+        ]
+        return self._virtual_host("plain providers", ["*"], routes)
+
+    def of_nobody(self, host: str) -> HostRoutes:
+        """Make the virtual host of a name that the catch-all virtual host must not take.
+
+        It would lead to a cluster that is there for LLMRoutes alone: of a Service, or of a provider that is
+        not exported to the proxy's namespace.
+        """
+
+        def make() -> HostRoutes:
+            made = protos.VirtualHost(name=host, domains=[host])
+            return HostRoutes.of(made, host, (), (), (), removes=self._removes)
+
+        return self._for_all.recall(("nobody", host), None, make)
 
     def on_gateway(
         self, main: str, names: tuple[str, ...], rules: tuple[Rules, ...], *, redirect: bool

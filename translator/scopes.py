@@ -11,6 +11,8 @@ name of a host a scope (SRDS) that says in which bucket it is.
   a proxy with a wildcard host keeps one route configuration.
 * Before 1.40, Envoy answers 404 while a listener changes its form, and before 1.38 it never asks for scopes
   then: such a proxy keeps one route configuration.
+* Each bucket has the catch-all virtual host (translator.routes). A plain provider, which has no other, adds
+  only its scope. It has the bucket of its hash, too: so nothing moves when an LLMRoute takes its host.
 * All listeners of a proxy see all scopes (SRDS has no names to ask for). Those of a gateway differ in what
   they serve, so a header that a gateway's listener sets is the other half of its scopes' keys.
 * A listener that changes its form drains connections, on which requests are still answered by the other
@@ -20,15 +22,15 @@ name of a host a scope (SRDS) that says in which bucket it is.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import cast
+
+from google.protobuf.message import Message
 
 from translator.memory import Memory
 from translator.parts import Collection, Part
 from translator.routes import HostRoutes, RouteTable, route_configuration
 from xds import protos
 from xds.resources import Resource
-
-LISTENER_HEADER = "x-envoy-llmplane-routes"
-"""What a gateway's listener tells its scopes apart by: the name of its routes. Clients cannot set it."""
 
 THRESHOLD = 1000
 """Virtual hosts of a proxy above which its routes are scoped: a change of one route configuration with so
@@ -58,26 +60,47 @@ def needs_scopes(table: RouteTable) -> bool:
 
 def one_configuration(table: RouteTable, memory: Memory) -> Part:
     """Make the one route configuration of a proxy's routes."""
-    return memory.recall((table.name, table.hosts), None, lambda: _configuration(table.name, table.hosts))
+    key = (table.name, table.hosts, id(table.catch_all))
+    make = partial(_configuration, table.name, table.hosts, table.catch_all)
+    return memory.recall(key, table.catch_all, make)
 
 
 def scoped_routes(table: RouteTable, memory: Memory) -> Iterator[Part]:
     """Make the scopes and the buckets of a proxy's routes, a part for each bucket."""
-    for name, hosts in _buckets(table):
-        make = partial(_bucket, name, hosts, table.listener)
-        yield memory.recall((name, table.listener, hosts), None, make)
+    catch_all = memory.recall(("catch-all", id(table.catch_all)), table.catch_all, partial(_catch_all, table))
+    for name, hosts, plain in _buckets(table):
+        make = partial(_bucket, name, hosts, plain, catch_all, table.listener)
+        yield memory.recall((name, table.listener, hosts, plain, id(catch_all)), catch_all, make)
 
 
-def _configuration(name: str, hosts: Sequence[HostRoutes]) -> Part:
+def _configuration(name: str, hosts: Sequence[HostRoutes], catch_all: Message | None) -> Part:
     found = Collection()
-    found.add(Resource.of(route_configuration(name, hosts)), *(key for host in hosts for key in host.objects))
+    made = route_configuration(name, hosts, catch_all)
+    found.add(Resource.of(made), *(key for host in hosts for key in host.objects))
     return found.part()
 
 
-def _bucket(name: str, hosts: Sequence[HostRoutes], listener: str | None) -> Part:
+def _catch_all(table: RouteTable) -> Message | None:
+    """Make the catch-all virtual host of the buckets: the listener has turned hosts into lower case."""
+    if table.catch_all is None:
+        return None
+    made = protos.VirtualHost()
+    made.CopyFrom(table.catch_all)
+    del made.routes[:-1]
+    return cast("Message", made)
+
+
+def _bucket(
+    name: str,
+    hosts: Sequence[HostRoutes],
+    plain: Sequence[HostRoutes],
+    catch_all: Message | None,
+    listener: str | None,
+) -> Part:
     found = Collection()
-    found.add(Resource.of(route_configuration(name, hosts)), *(key for host in hosts for key in host.objects))
-    for host in hosts:
+    made = route_configuration(name, hosts, catch_all)
+    found.add(Resource.of(made), *(key for host in hosts for key in host.objects))
+    for host in (*hosts, *plain):
         for domain in host.names:
             if not domain.startswith("*"):
                 found.add(_scope(domain, name, listener), *host.objects)
@@ -95,9 +118,14 @@ def _scope(host: str, bucket: str, listener: str | None) -> Resource:
     )
 
 
-def _buckets(table: RouteTable) -> Iterator[tuple[str, tuple[HostRoutes, ...]]]:
-    buckets: defaultdict[int, list[HostRoutes]] = defaultdict(list)
-    for host in table.hosts:
-        buckets[host.place % BUCKETS].append(host)
-    for number, hosts in sorted(buckets.items()):
-        yield f"{table.name}/{number}", tuple(hosts)
+_Hosts = tuple[HostRoutes, ...]
+
+
+def _buckets(table: RouteTable) -> Iterator[tuple[str, _Hosts, _Hosts]]:
+    """Sort the hosts into buckets: those with a virtual host of their own, and the others."""
+    buckets: defaultdict[int, tuple[list[HostRoutes], list[HostRoutes]]] = defaultdict(lambda: ([], []))
+    for index, of in enumerate((table.hosts, table.plain)):
+        for host in of:
+            buckets[host.place % BUCKETS][index].append(host)
+    for number, (hosts, plain) in sorted(buckets.items()):
+        yield f"{table.name}/{number}", tuple(hosts), tuple(plain)

@@ -124,7 +124,8 @@ class Translator:
         """Make, for each host, the clusters that it leads to, and the secrets that they name."""
         # What of the proxy counts is named here: proxies share what is made.
         memory = self._memory.part("destinations", proxy.script(lua.SCRIPT_SHA256), proxy.version, world.mesh)
-        for host in (host for table in tables for host in table.hosts if host.destinations):
+        hosts = (host for table in tables for host in (*table.hosts, *table.plain) if host.destinations)
+        for host in hosts:
             key, objects = self._circumstances(world, host)
             yield memory.recall(key, objects, partial(self._clusters, world, proxy, host))
 

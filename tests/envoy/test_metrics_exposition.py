@@ -224,7 +224,7 @@ def test_what_there_is_not_is_unknown(lab: Lab) -> None:
     lab.apply(QWEN)
     growth = Growth(lab)
     lab.client.request("nowhere.example.com")
-    labels = {"destination_service": "unknown", "response_code": "404", "response_flags": "NR"}
+    labels = {"destination_service": "unknown", "response_code": "404", "response_flags": "NC"}
     llm = {"model": "unknown", "operation": "", "source_workload": "sleep"}
     eventually(lambda: growth.of("llmplane_requests_total", **labels, **llm) == 1)
     istio = {"destination_service_name": "unknown", "source_version": "", "grpc_response_status": ""}

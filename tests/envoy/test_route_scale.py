@@ -22,8 +22,8 @@ def chat(host: str = "chat", to: str = DASHSCOPE) -> str:
 
 
 def objects(count: int, *others: str) -> Sequence[str]:
-    """Return `others`, and LLMRoutes and providers so that there are `count` hosts in all."""
-    filling = range(count - len(others) - 2)
+    """Return `others` (LLMRoutes), two providers, and LLMRoutes so that there are `count` in all."""
+    filling = range(count - len(others))
     fill = [route(f"host-{n}", f"host-{n}", {"backendRefs": backends(DASHSCOPE)}) for n in filling]
     return (QWEN, KIMI, *others, *fill)
 

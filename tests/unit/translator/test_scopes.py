@@ -1,6 +1,6 @@
 """Many hosts -> scoped routes (SRDS): which form, which scopes, which buckets."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -31,9 +31,15 @@ HOSTS = routes(f"host-{number}" for number in range(2 * MANY))
 
 
 def many(count: int, *others: Any) -> World:
-    """Return a world in which a sidecar has `count` hosts and those of `others`: two providers, LLMRoutes."""
-    providers = PROVIDERS.providers["default"]
-    return World.of([*providers, *HOSTS[: count - len(providers)], *others], MESH)
+    """Return a world in which a sidecar has `count` virtual hosts and those of `others`, and two providers.
+
+    These are plain ones: they have no virtual host of their own.
+    """
+    return World.of([*PROVIDERS.providers["default"], *HOSTS[:count], *others], MESH)
+
+
+def plain_provider(host: str) -> Sequence[Any]:
+    return world(provider(host.partition(".")[0], host), mesh=MESH).providers["default"]
 
 
 def decoded(translation: Translation, type_url: str) -> dict[str, Any]:
@@ -121,8 +127,9 @@ def test_each_name_of_a_host_is_a_scope_whose_bucket_has_it() -> None:
     )
     for name, scope in scopes.items():
         assert [fragment.string_key for fragment in scope.key.fragments] == [name] == [scope.name]
+        domain = "*" if name in {A, B} else name
         bucket = buckets[scope.route_configuration_name]
-        assert [host.name for host in bucket.virtual_hosts if name in host.domains], name
+        assert [host.name for host in bucket.virtual_hosts if domain in host.domains], name
     assert {scope.route_configuration_name for scope in scopes.values()} == buckets.keys()
 
 
@@ -130,8 +137,9 @@ def test_the_buckets_hold_the_virtual_hosts_of_the_one_route_configuration() -> 
     made = decoded(Translator().translate(many(THRESHOLD + 1), SIDECAR), RDS)
     one = made.pop("http_proxy")
     assert sorted(
-        host.SerializeToString() for each in made.values() for host in each.virtual_hosts
-    ) == sorted(host.SerializeToString() for host in one.virtual_hosts)
+        host.SerializeToString() for each in made.values() for host in each.virtual_hosts[:-1]
+    ) == sorted(host.SerializeToString() for host in one.virtual_hosts[:-1])
+    assert all(each.virtual_hosts[-1].routes == one.virtual_hosts[-1].routes[-1:] for each in made.values())
     assert all(each.request_headers_to_remove == one.request_headers_to_remove for each in made.values())
 
 
@@ -178,6 +186,25 @@ def test_a_new_host_changes_its_bucket_and_adds_its_scopes() -> None:
     names = changed(before, after).keys()
     bucket = decoded(after, SRDS)["chat"].route_configuration_name
     assert names == {"chat", "chat.default", "chat.default.svc", "chat.default.svc.cluster.local", bucket}
+
+
+def test_a_new_provider_adds_a_scope_and_changes_no_route_configuration() -> None:
+    """Its bucket has the catch-all virtual host; it is there already, unless it was the bucket of no host."""
+    plain = [item for host in "cdefgh" for item in plain_provider(f"{host}.example.com")]
+    translator = Translator()
+    before = translator.translate(many(MANY, *plain[:1]), SIDECAR)
+    after = translator.translate(many(MANY, *plain), SIDECAR)
+    assert decoded(after, LDS) == decoded(before, LDS)
+    assert decoded(after, SRDS).keys() - decoded(before, SRDS).keys() == {
+        item.spec.host for item in plain[1:]
+    }
+    buckets = decoded(after, RDS)
+    assert {name: buckets[name] for name in decoded(before, RDS)} == decoded(before, RDS)
+    for item in plain:
+        bucket = buckets[decoded(after, SRDS)[item.spec.host].route_configuration_name]
+        assert bucket.virtual_hosts[-1].domains == ["*"]
+    gone = translator.translate(many(MANY, *plain[:1]), SIDECAR)
+    assert set(gone.resources) == set(before.resources)
 
 
 def test_what_did_not_change_is_not_made_again() -> None:

@@ -11,7 +11,7 @@ from tests.support.objects import backends, gateway, provider, route, secret, se
 from translator.conditions import conditions
 from translator.gateways import intersection, merge
 from translator.proxy import Proxy, ProxyType, WorkloadCertificate
-from translator.routes import gateway_route_table
+from translator.routes import ROUTES_HEADER, gateway_route_table
 from translator.translate import Translator
 from translator.world import MeshSettings, World
 from xds import protos
@@ -305,7 +305,7 @@ def test_a_route_of_gateways_alone_is_not_for_sidecars() -> None:
     )
     sidecar = Proxy(ProxyType.SIDECAR, "default", "sleep")
     routes = resources(objects, sidecar)["RouteConfiguration http_proxy"]
-    assert [host.name for host in routes.virtual_hosts] == [LLM]
+    assert [host.name for host in routes.virtual_hosts] == ["plain providers"]
 
 
 # Rules
@@ -724,7 +724,7 @@ def test_headers_stay_on_the_way_to_a_service_and_are_removed_on_the_way_to_a_pr
         route("c", "c.example.com", both),
     )
     made = resources(objects, SLEEP)["RouteConfiguration http_proxy"]
-    assert not made.request_headers_to_remove
+    assert made.request_headers_to_remove == [ROUTES_HEADER], "what the listener told the routes"
     removing = {
         host.name: "authorization" in host.routes[0].request_headers_to_remove for host in made.virtual_hosts
     }
@@ -732,8 +732,7 @@ def test_headers_stay_on_the_way_to_a_service_and_are_removed_on_the_way_to_a_pr
         "a.example.com": False,
         "b.example.com": True,
         "c.example.com": True,
-        LLM: True,
-        "other.example.com": True,
+        "plain providers": True,
     }
 
 

@@ -24,13 +24,14 @@ def providers_of(objects: World, proxy: Proxy) -> dict[str, str]:
 
 
 def virtual_hosts(objects: World, proxy: Proxy) -> dict[str, list[str]]:
-    """Return domain -> the clusters that its requests go to, in the order of the routes."""
-    routes: Any = route_table(objects, proxy, "http_proxy").routes
-    return {
-        domain: [made.route.cluster for made in host.routes]
-        for host in routes.virtual_hosts
-        for domain in host.domains
-    }
+    """Return domain -> the clusters that its requests go to, in the order of the routes.
+
+    Also of the providers that have no virtual host of their own.
+    """
+    table = route_table(objects, proxy, "http_proxy")
+    own: Any = [host.virtual_host for host in table.hosts]
+    found = {domain: [made.route.cluster for made in host.routes] for host in own for domain in host.domains}
+    return found | {name: [host.destinations[0].cluster_name] for host in table.plain for name in host.names}
 
 
 def condition(objects: World, name: str, kind: str) -> tuple[bool, str]:
