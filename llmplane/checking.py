@@ -1,6 +1,6 @@
 """Resources are checked against the API's own rules before an Envoy sees them.
 
-One resource that violates them makes Envoy drop the whole response (xds-facts.md, finding 3).
+One resource that violates them makes Envoy drop the whole response (envoy#32880).
 """
 
 from collections.abc import Iterable, Mapping

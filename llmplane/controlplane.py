@@ -409,8 +409,11 @@ class ControlPlane:
             (proxy.group, frozenset((url, of.state, of.refused) for url, of in proxy.types.items()))
             for proxy in proxies
         )
+        # What is in quarantine or held back is at no proxy of a group, but for what stands in for it.
+        absent = {(each.group, (each.type_url, each.name)) for each in self.server.refusals()}
+        absent |= {(group, name) for group, violations in self._violations.items() for name in violations}
         views = [
-            (self._translations[group].origins, {url: (state, names) for url, state, names in types}, number)
+            (group, {url: (state, names) for url, state, names in types}, number)
             for (group, types), number in alike.items()
             if group in self._translations
         ]
@@ -419,10 +422,13 @@ class ControlPlane:
             found = self._found(item, refusals)
             kept = ["last good version"] if item.key in self._state.kept else []
             reached = acknowledged = 0
-            for origins, types, number in views:
-                if resources := origins.get(item.key):
+            for group, types, number in views:
+                if resources := self._translations[group].origins.get(item.key):
                     reached += number
-                    if all(_has_accepted(types.get(url), name) for url, name in resources):
+                    if all(
+                        (group, each) not in absent and _has_accepted(types.get(each[0]), each[1])
+                        for each in resources
+                    ):
                         acknowledged += number
             objects.append(
                 {

@@ -21,6 +21,7 @@ _RARE_TYPES = {
     "ClusterLoadAssignment": "EDS",
     "TypedExtensionConfig": "ECDS",
 }
+_NO_TLS = " If that speaks TLS, give --xds-ca-file."
 _UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
 
@@ -54,7 +55,8 @@ def fetch_status(address: Address, credentials: XdsCredentials | None = None) ->
         raise StatusUnavailableError(f"{address} refuses to tell ({error.code}): {text}") from None
     except http.client.HTTPException:
         raise StatusUnavailableError(
-            f"what answers at {address} does not speak HTTP: is it the --admin-address of `llmplane serve`?"
+            f"what answers at {address} does not speak {request.type.upper()}: is it the --admin-address of "
+            f"`llmplane serve`?{_NO_TLS if request.type == 'http' else ''}"
         ) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", error)

@@ -20,7 +20,7 @@ from xds.group import ORIGIN, Point, Response
 from xds.names import members_of
 from xds.resources import ECDS, WILDCARD_TYPES, Resource
 from xds.snapshot import EMPTY, ResourceSet
-from xds.subscription import MAX_NAMES, Pending, Phase, Subscription, TooManyNamesError
+from xds.subscription import Pending, Phase, Subscription, check_names
 
 PARTS: Final = 16
 """Parts in which a refused response is sent again: few members go one by one, thousands are searched."""
@@ -61,6 +61,7 @@ class DeltaSubscription(Subscription):
                 self._reject(pending, error, wall_time, PARTS)
         asked, dropped = frozenset(subscribe), frozenset(unsubscribe)
         reported = (initial_versions or {}) if first else {}
+        check_names(reported.keys())
         if "*" in asked or (first and not asked and self.type_url in WILDCARD_TYPES):
             self._subscribe_to_all()
         if asked:
@@ -129,10 +130,10 @@ class DeltaSubscription(Subscription):
         self._detach()
 
     def _subscribe(self, names: frozenset[str], reported: Mapping[str, str]) -> None:
-        together = self.names | names
-        if len(together) > MAX_NAMES:
-            raise TooManyNamesError
-        self.names = self._group.names(self.type_url, together)
+        check_names(names)
+        self.names = self._group.names(self.type_url, self.names | names)
+        if names == self.names:
+            names = self.names  # the texts that others have as well
         asked = self._expand(names) | members_of(names & self.names.globs, reported)
         self.forced.update(dict.fromkeys(asked - reported.keys()))
 
@@ -166,7 +167,7 @@ class DeltaSubscription(Subscription):
         self.renew_at = -math.inf  # it is not known for how long the client can wait
         self.held.base, self.held.own = base, own
         self._tip = base
-        self._dirty.update(own)
+        self._dirty.update(dict.fromkeys(own))
         if self.wildcard:
             self._group.report(self.type_url, base, own)
 
@@ -199,8 +200,8 @@ class DeltaSubscription(Subscription):
 
     def _candidates(self, new: ResourceSet) -> frozenset[str]:
         """Return the names that may have to be sent to bring the client to `new`."""
-        names = new.changed(self._tip) | self._dirty
-        return names.union(self.deferred, self.kept)
+        names = new.changed(self._tip)
+        return names.union(self._dirty, self.deferred, self.kept)
 
     def _brings_forced(self, new: ResourceSet) -> bool:
         """Whether what was asked for is among what the step from `_tip` to `new` adds; if so, forget it."""

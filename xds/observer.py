@@ -31,6 +31,8 @@ class Observer:
 class Progress:
     """How one stream follows the changes."""
 
+    __slots__ = ("_changed_at", "_since")
+
     def __init__(self) -> None:
         self._changed_at: float | None = None
         """When the first change that is not acknowledged yet began (`time.monotonic`)."""

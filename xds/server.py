@@ -1,13 +1,15 @@
 """The xDS management server: the I/O around `xds.stream`, on grpc.aio.
 
-Serves the aggregated discovery service and the separate services, each in both variants. A stream is two
-tasks: one reads requests into the state machines, one writes what they return. The writer asks for the next
-response when the transport took the last one, so a slow client holds one message and never a queue.
+Serves the aggregated discovery service and the separate services, each in both variants. A stream is the
+task of its handler, which reads requests into the state machines; as long as these return something, a second
+task writes it. The writer asks for the next response when the transport took the last one, so a slow client
+holds one message and never a queue.
 """
 
 import asyncio
 import contextlib
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from xds.snapshot import Snapshot
 from xds.sotw import SotwSubscription
 from xds.status import ProxyStatus, type_status
 from xds.stream import MAX_TYPES, Stream, TooManyTypesError
-from xds.subscription import MAX_NAMES, TooManyNamesError
+from xds.subscription import MAX_NAME, MAX_NAMES, TooManyNamesError
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +65,13 @@ OPTIONS: Final = (
     ("grpc.server_max_unrequested_time_in_server", 3_600),
     # Two servers would share a port without a word.
     ("grpc.so_reuseport", 0),
+    # What a client may send before its request is read, and what is read at once. Larger requests have one
+    # more round trip: the window grows to the size of the message that is asked for. With gRPC's own 64 KB,
+    # a thousand proxies that come at once have their nodes (61 KB) in memory together, and the holes that
+    # these leave in it cost 15 to 30 KB a stream.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4096),
+    ("grpc.experimental.tcp_max_read_buffer_size", 4096),
 )
 
 
@@ -71,6 +80,9 @@ WRAPS: Final = "xds.config.resource-in-sotw"
 
 RECHECK: Final = 1.0
 """Seconds until a change of who may get what is noticed."""
+
+FIRST_REQUEST: Final = 30.0
+"""Seconds that a client has for its first request; until then nobody knows who it is."""
 
 WRITE_GRACE: Final = 0.2
 """Seconds that a write may take when its stream ends; a client that does not read would keep it for ever."""
@@ -160,7 +172,7 @@ class _Closed(Exception):  # noqa: N818 - an outcome
 
     def __init__(self, status: grpc.StatusCode, text: str) -> None:
         super().__init__(text)
-        self.status = status
+        self.end = status, text
 
 
 class ManagementServer:
@@ -294,9 +306,13 @@ class ManagementServer:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, text)
             connection = _Connection(self, context, type_url, delta=delta)
             try:
-                await connection.run()
+                end = await connection.run()
             except _Closed as closed:
-                await context.abort(closed.status, str(closed))
+                end = closed.end
+            # gRPC's call keeps the exception of an abort, and with it all that is in reach here, in a circle.
+            del connection
+            if end is not None:
+                await context.abort(*end)
 
         return handle
 
@@ -311,6 +327,11 @@ class ManagementServer:
                         await connection.recheck()
             except Exception:  # the authenticator's own; who is connected stays so until the next time
                 log.exception("credentials could not be checked again")
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether peers have to prove who they are."""
+        return self._authenticator is not None
 
     def revision(self) -> object:
         """Return which `authenticate` is asked now."""
@@ -367,6 +388,28 @@ class ManagementServer:
 class _Connection:
     """One stream of one proxy."""
 
+    __slots__ = (
+        "__weakref__",
+        "_context",
+        "_delta",
+        "_ending",
+        "_metadata",
+        "_node",
+        "_peer",
+        "_progress",
+        "_reader",
+        "_server",
+        "_since",
+        "_stream",
+        "_timer",
+        "_type_url",
+        "_who",
+        "_why",
+        "_writer",
+        "identity",
+        "revision",
+    )
+
     def __init__(
         self,
         server: ManagementServer,
@@ -379,7 +422,6 @@ class _Connection:
         self._context = context
         self._type_url = type_url
         self._delta = delta
-        self._due = asyncio.Event()
         self._ending = False
         # Asked for once, at the start: when a client was killed, peer() of its call crashes the process as
         # long as the handler still runs (segmentation fault, seen with grpcio 1.85).
@@ -391,12 +433,19 @@ class _Connection:
             tuple(name.decode(errors="replace") for name in names.get("peer_dns", ())),
             b"".join((*names.get("x509_pem_cert", ()), *names.get("x509_pem_cert_chain", ()))),
         )
-        self._metadata = dict(context.invocation_metadata() or ())
+        self._metadata = dict(context.invocation_metadata() or ()) if server.authenticates else {}
         self.revision: object = None
         """Of the credentials by which it was let in."""
         self.identity: object = None
         """What the authenticator made of it."""
-        self._closed: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
+        self._reader: asyncio.Task[Any]
+        """The task of the handler."""
+        self._writer: asyncio.Task[None] | None = None
+        """What writes responses; None: nothing is due."""
+        self._timer: asyncio.TimerHandle | None = None
+        """When something will have waited long enough."""
+        self._why: BaseException | None = None
+        """Why this side ends the stream."""
         self._since = time.time()
         self._node: Node
         self._stream: Stream[DeltaSubscription] | Stream[SotwSubscription]
@@ -409,13 +458,16 @@ class _Connection:
         self.wake()
 
     def wake(self) -> None:
-        """Have the writer look for something to send."""
-        self._due.set()
+        """Look for something to send."""
+        if self._writer is None and not self._ending:
+            self._writer = asyncio.create_task(self._write_responses())
+            self._writer.add_done_callback(self._written)
 
-    def close(self, why: _Closed) -> None:
+    def close(self, why: BaseException) -> None:
         """End the stream."""
-        if not self._closed.done():
-            self._closed.set_result(why)
+        if self._why is None and not self._ending:
+            self._why = why
+            self._reader.cancel()
 
     async def recheck(self) -> None:
         """End the stream if its peer may not have it any more, or should have something else."""
@@ -434,11 +486,22 @@ class _Connection:
                     _Closed(grpc.StatusCode.UNAVAILABLE, "the credentials stand for another proxy now")
                 )
 
-    async def run(self) -> None:
-        """Serve the stream until either side ends it. Raises _Closed."""
-        request = await self._read()
+    async def run(self) -> tuple[grpc.StatusCode, str] | None:
+        """Serve the stream until either side ends it; return how this side does. Raises _Closed.
+
+        What a task of it raised is not raised again: a task, its exception and the frame in which that is
+        raised would keep each other, and the last request, until all garbage is collected.
+        """
+        reader = asyncio.current_task()
+        assert reader is not None  # noqa: S101 - gRPC runs each call in a task
+        self._reader = reader
+        try:
+            async with asyncio.timeout(FIRST_REQUEST):
+                request = await self._read()
+        except TimeoutError:
+            raise _Closed(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came") from None
         if request is None:
-            return
+            return None
         self._node = _node(request)
         try:
             self.revision = self._server.revision()
@@ -453,44 +516,47 @@ class _Connection:
             kind = partial(SotwSubscription, wraps=WRAPS in self._node.features)
             self._stream = Stream(group, self._node.id, kind)
         log.info("proxy connected", node=self._node.id, peer=self._peer, delta=self._delta)
-        tasks: list[asyncio.Task[None]] = []
         try:
-            self._take_in(request)
-            del request  # Envoy's node message alone has 61 KB
-            tasks = [asyncio.create_task(self._read_requests()), asyncio.create_task(self._write_responses())]
-            ends: list[asyncio.Future[Any]] = [*tasks, self._closed]
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self._closed in done:
-                raise self._closed.result()
-            for task in tasks:
-                if task.done():
-                    task.result()
+            while request is not None:
+                self._take_in(request)
+                del request  # Envoy's node message alone has 61 KB
+                request = await self._read()
+        except asyncio.CancelledError:
+            why, self._why = self._why, None
+            if why is None or reader.uncancel():
+                raise  # gRPC ends the call
+            if isinstance(why, _Closed):
+                return why.end
+            try:
+                raise why from None
+            finally:
+                del why
         finally:
             try:
-                await self._end(tasks)
+                await self._end()
             finally:  # gRPC may cancel the handler at that very moment
                 self._server.leave(self, group)
+            self._stream.subscriptions.clear()  # gRPC can keep a call, and what it can reach, for a while
             log.info("proxy disconnected", node=self._node.id, peer=self._peer)
+        return None
 
-    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
-        """End the tasks; a write that is under way may end by itself, within WRITE_GRACE.
+    async def _end(self) -> None:
+        """End what is written; a write that is under way may end by itself, within WRITE_GRACE.
 
         1. A write is cancelled while its batch is under way. 2. gRPC does not note that the initial metadata
         was sent. 3. It sends them again, with the status; the core refuses that (TOO_MANY_OPERATIONS). 4. The
         client never learns that the stream ended (seen with grpcio 1.85).
         """
         self._ending = True
-        self._due.set()
-        if not tasks:
+        self._sleep(None)
+        writer = self._writer
+        if writer is None:
             return
-        reader, writer = tasks
-        ended = asyncio.gather(reader, writer, return_exceptions=True)
-        reader.cancel()
         try:
             await asyncio.wait({writer}, timeout=WRITE_GRACE)
         finally:
             writer.cancel()
-        await ended
+        await asyncio.gather(writer, return_exceptions=True)
 
     async def _read(self) -> Any:
         """Return the next request, None at the end. Raises _Closed."""
@@ -498,35 +564,34 @@ class _Connection:
         if not isinstance(data, bytes):  # grpc.aio.EOF
             return None
         message = protos.DeltaDiscoveryRequest if self._delta else protos.DiscoveryRequest
-        try:
+        with contextlib.suppress(DecodeError):
             return message.FromString(data)
-        except DecodeError:
-            raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "not a discovery request") from None
-
-    async def _read_requests(self) -> None:
-        while (request := await self._read()) is not None:
-            self._take_in(request)
-            del request  # it would live until the next one comes
+        del data  # the exception keeps what is in reach here
+        raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "not a discovery request")
 
     async def _write_responses(self) -> None:
+        """Write until nothing is due."""
         clock = asyncio.get_running_loop().time
         while not self._ending:
-            self._due.clear()
-            while not self._ending:
-                began = clock()
-                response = self._stream.next_response(began)
-                if response is None:
-                    break
-                await self._context.write(response.data)
-                self._server.observer.pushed(response.type_url, len(response.data), clock() - began)
-            if self._ending:
+            began = clock()
+            response = self._stream.next_response(began)
+            if response is None:
+                self._note()
+                self._sleep(self._stream.wake_at(clock()))
+                self._writer = None
                 return
-            self._note()
-            now = clock()
-            wake_at = self._stream.wake_at(now)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if wake_at is None else wake_at - now):
-                    await self._due.wait()
+            await self._context.write(response.data)
+            self._server.observer.pushed(response.type_url, len(response.data), clock() - began)
+
+    def _written(self, writer: asyncio.Task[None]) -> None:
+        if not writer.cancelled() and (error := writer.exception()) is not None:
+            self.close(error)
+
+    def _sleep(self, wake_at: float | None) -> None:
+        """Look again at that time of the event loop, if nothing comes before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if wake_at is None else asyncio.get_running_loop().call_at(wake_at, self.wake)
 
     def _note(self) -> None:
         converged = self._progress.note(self._stream.subscriptions, self._stream.group)
@@ -535,7 +600,7 @@ class _Connection:
 
     def _take_in(self, request: Any) -> None:
         """Take in a request. Raises _Closed."""
-        type_url = request.type_url or self._type_url
+        type_url = sys.intern(request.type_url) or self._type_url
         if not type_url:
             raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "type_url is required on an aggregated stream")
         if self._type_url and type_url != self._type_url:
@@ -565,8 +630,10 @@ class _Connection:
                     error=error,
                     wall_time=time.time(),
                 )
+            self._stream.check_names()
         except TooManyNamesError:
-            raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_NAMES} names") from None
+            text = f"more than {MAX_NAMES} names, or one of more than {MAX_NAME} characters"
+            raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
         except TooManyTypesError:
             raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_TYPES} types") from None
         if subscription.last_error is not None and subscription.last_error is not last_error:

@@ -87,9 +87,13 @@ class ResourceSet:
 
     def part(self, names: Names) -> "ResourceSet":
         """Return the set of those that are asked for; the same object as long as anybody has it."""
+        if not self._resources:
+            return EMPTY
         part = self._parts.get(names)
         if part is None:
-            part = self._parts[names] = self._part(names)
+            part = self._part(names)
+            if part is not EMPTY:  # that one is there for ever, and the names would be
+                self._parts[names] = part
         return part
 
     def _part(self, names: Names) -> "ResourceSet":

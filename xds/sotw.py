@@ -30,12 +30,11 @@ from xds.group import ORIGIN, Group, Point, Response
 from xds.resources import WILDCARD_TYPES, Resource, is_glob
 from xds.snapshot import EMPTY, ResourceSet
 from xds.subscription import (
-    MAX_NAMES,
     LastError,
     Pending,
     Phase,
     Subscription,
-    TooManyNamesError,
+    check_names,
     split,
 )
 
@@ -79,8 +78,6 @@ class SotwSubscription(Subscription):
         self._started = True
         again = False
         named = frozenset(names)
-        if len(named) > MAX_NAMES:
-            raise TooManyNamesError
         if first:
             self.live = self._unknown = bool(version)
             self.renew_at = -math.inf if version else None  # it is not known for how long the client can wait
@@ -139,6 +136,7 @@ class SotwSubscription(Subscription):
         self._named = self._named or bool(asked)
         named = self._group.names(self.type_url, asked - {"*"})
         added, removed = named - self.names, self.names - named
+        check_names(added)
         begins, ends = wildcard and not self.wildcard, self.wildcard and not wildcard
         self.wildcard, self.names = wildcard, named
         if self._full:
@@ -266,7 +264,7 @@ class SotwSubscription(Subscription):
         due = False
         if phase.target is not ORIGIN:
             new = self._part(phase.target[self.type_url])
-            names = new.changed(self._tip) | self.kept
+            names = new.changed(self._tip).union(self.kept)
             changes |= self._differences(names - changes.keys(), phase.target, phase)
             due, self.unanswered = self.unanswered, False
             self.point, self._tip = phase.target, new

@@ -24,7 +24,7 @@ from xds.delta import DeltaSubscription
 from xds.group import ORIGIN, Group, Point, Response
 from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, SRDS
 from xds.sotw import SotwSubscription
-from xds.subscription import Phase
+from xds.subscription import MAX_NAME, MAX_NAMES, Phase, TooManyNamesError
 
 PATIENCE: Final = 5.0
 """Seconds that one step waits for the one before."""
@@ -47,11 +47,13 @@ S = TypeVar("S", DeltaSubscription, SotwSubscription)
 
 
 class TooManyTypesError(Exception):
-    """A client subscribed to more types than there are."""
+    """A client subscribed to more types than there are, or to one whose name is no type's."""
 
 
 class Stream(Generic[S]):
     """The subscriptions of one stream."""
+
+    __slots__ = ("_kind", "_node_id", "_settled", "group", "subscriptions")
 
     def __init__(self, group: Group, node_id: str, kind: Callable[[str, Group, str], S]) -> None:
         self.group = group
@@ -65,10 +67,15 @@ class Stream(Generic[S]):
         """Return the subscription to a type, a new one if there is none. Raises TooManyTypesError."""
         subscription = self.subscriptions.get(type_url)
         if subscription is None:
-            if len(self.subscriptions) >= MAX_TYPES:
+            if len(self.subscriptions) >= MAX_TYPES or len(type_url) > MAX_NAME:
                 raise TooManyTypesError
             subscription = self.subscriptions[type_url] = self._kind(type_url, self.group, self._node_id)
         return subscription
+
+    def check_names(self) -> None:
+        """Raise TooManyNamesError if the client subscribed to too many names, all types together."""
+        if sum(len(subscription.names) for subscription in self.subscriptions.values()) > MAX_NAMES:
+            raise TooManyNamesError
 
     def next_response(self, now: float) -> Response | None:
         """Return the response that is to be sent now, if any; `now` in seconds of a monotonic clock."""

@@ -37,6 +37,7 @@ knowledge of what a resource contains.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,11 +50,20 @@ MAX_PENDING: Final = 32
 """Responses of a type whose answers are awaited; beyond this the oldest two are counted as one."""
 
 MAX_NAMES: Final = 200_000
-"""Names that a client may subscribe to, of one type."""
+"""Names that a client may subscribe to, or say that it has."""
+
+MAX_NAME: Final = 4096
+"""Characters of a name, and of a type URL, that a client may use."""
 
 
 class TooManyNamesError(Exception):
-    """A client subscribed to more names than memory should be spent on."""
+    """A client subscribed to more or longer names than memory should be spent on."""
+
+
+def check_names(names: AbstractSet[str]) -> None:
+    """Raise TooManyNamesError if names that are new are too many or too long (all: `Stream.check_names`)."""
+    if len(names) > MAX_NAMES or any(len(name) > MAX_NAME for name in names):
+        raise TooManyNamesError
 
 
 @dataclass(slots=True)
@@ -158,7 +168,7 @@ class Subscription:
         self.waiting_since: float | None = None
         """Since when changes of this type wait for `Phase.target`."""
         self.deferred: dict[str, Deferral] = {}
-        self.kept: set[str] = set()
+        self.kept: dict[str, None] = {}
         """Names that were left alone because of an incomplete snapshot."""
         self.renew_at: float | None = None
         """When what has a time to live is renewed; None: the client has nothing of that kind."""
@@ -181,7 +191,7 @@ class Subscription:
         """Of the latest response."""
         self._tip: ResourceSet = EMPTY
         """The set that was last examined for changes."""
-        self._dirty: set[str] = set()
+        self._dirty: dict[str, None] = {}
         """Names to examine in addition to what changed since `_tip`."""
         self._more = False
         """What was sent last was a piece, and the others are to follow."""
@@ -301,7 +311,7 @@ class Subscription:
             if resource is None:
                 resource = self._wanted(name, phase.newest)
             if resource is None and phase.newest.incomplete and self.sent(name) is not None:
-                self.kept.add(name)
+                self.kept[name] = None
             elif resource is None or resource.delta_frame:
                 yield name, resource
 
@@ -309,7 +319,7 @@ class Subscription:
         """Return what is to be sent of these names, so that the client has what it should have."""
         differences: dict[str, Resource | None] = {}
         for name in names:
-            self.kept.discard(name)
+            self.kept.pop(name, None)
             if not self._relevant(name):
                 self.deferred.pop(name, None)
                 continue
@@ -319,13 +329,13 @@ class Subscription:
                 if wanted.delta_frame and wanted != self.sent(name):
                     differences[name] = wanted
                 elif self._is_left(name, point):
-                    self.kept.add(name)
+                    self.kept[name] = None
             elif self.sent(name) is None:
                 self.deferred.pop(name, None)
             elif self._removes(name, phase):
                 differences[name] = None
             elif phase.target.incomplete:
-                self.kept.add(name)
+                self.kept[name] = None
         return differences
 
     def _removes(self, name: str, phase: Phase) -> bool:
@@ -444,7 +454,7 @@ class Subscription:
             # A removal cannot be at fault. Sending it again would loop.
             self.held.own.update(dict.fromkeys(removed))
             return
-        self._dirty.update(removed)
+        self._dirty.update(dict.fromkeys(removed))
         if len(members) == 1:
             resource = pending.response.changes[members[0]]
             assert resource is not None  # noqa: S101 - by the definition of members

@@ -16,7 +16,7 @@ from translator.proxy import Proxy, ProxyType
 from translator.translate import Translator
 from translator.world import MeshSettings, World
 from xds import protos
-from xds.resources import CDS, LDS, RDS, SDS, SRDS, WILDCARD_TYPES, Resource
+from xds.resources import CDS, ECDS, LDS, RDS, SDS, SRDS, WILDCARD_TYPES, Resource
 
 CHANGED: Final = 64
 """So many clusters change in turn; they are spread over all."""
@@ -25,6 +25,7 @@ _MESSAGES: Final = {
     CDS: protos.Cluster,
     SDS: protos.Secret,
     LDS: protos.Listener,
+    ECDS: protos.TypedExtensionConfig,
     SRDS: protos.ScopedRouteConfiguration,
     RDS: protos.RouteConfiguration,
 }

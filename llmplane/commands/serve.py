@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import structlog
 
 from crds.placeholders import variables
 from llmplane.acknowledged import AcknowledgedFile
@@ -22,6 +23,8 @@ from llmplane.sources.files import FileSource
 from llmplane.sources.lastgood import LastGood, NoStateDirectoryError, state_file
 from translator.world import MeshSettings
 from xds.server import Authenticator
+
+_LOG = structlog.get_logger(__name__)
 
 
 @click.command("serve", short_help="Serve objects from files or from Kubernetes to Envoys, live.")
@@ -150,6 +153,10 @@ def serve_command(
             "trusted ones can"
         )
     log_to_stderr()
+    if insecure:
+        asks_for_nothing = [admin_address, *([] if xds_client_ca_file or xds_token_file else [xds_address])]
+        if found := [str(address) for address in asks_for_nothing if not address.is_loopback]:
+            _LOG.warning("insecure: whoever reaches an address is asked for nothing", addresses=found)
     mesh = mesh_settings(None, connect_to, ca_file)
     mesh_file = MeshConfigFile(mesh_config, mesh) if mesh_config else None
     mesh = mesh_file.settings if mesh_file else mesh

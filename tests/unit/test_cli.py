@@ -10,14 +10,17 @@ from pathlib import Path
 
 import click
 import pytest
+import structlog
 import yaml
 from click.testing import CliRunner, Result
+from structlog.testing import capture_logs
 
 import llmplane.commands.proxy
 import llmplane.commands.serve
 import llmplane.envoy
 from llmplane.certificates import CertificateAuthority
 from llmplane.cli import main
+from llmplane.controlplane import ControlPlane
 
 GOOD = """\
 apiVersion: istio.alibabacloud.com/v1beta1
@@ -553,6 +556,43 @@ def test_serve_logs_json_lines_and_ends_by_a_signal(folder: Path, number: signal
                 process.send_signal(number)
         assert process.wait(10) == 0
     assert events == ["published", "serving", "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--xds-address", "0.0.0.0:1"], ["0.0.0.0:1"]),
+        (["--xds-address", "0.0.0.0:1", "--admin-address", "[::]:2"], ["[::]:2", "0.0.0.0:1"]),
+        ([], []),
+    ],
+)
+def test_serve_warns_of_what_is_open_to_everybody(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], expected: list[str]
+) -> None:
+    async def serve(*_: object) -> None:
+        """Do not."""
+
+    monkeypatch.setattr(llmplane.commands.serve, "_serve", serve)
+    monkeypatch.setattr(llmplane.commands.serve, "log_to_stderr", lambda: None)
+    structlog.reset_defaults()
+    with capture_logs() as logged:
+        assert run("serve", "--config", ".", "--insecure", *options).exit_code == 0
+    assert [line["addresses"] for line in logged] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], True), (["--no-validate-resources"], False)])
+def test_serve_can_be_told_not_to_check_resources(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], *, expected: bool
+) -> None:
+    checkers = []
+
+    async def serve(control_plane: ControlPlane, *_: object) -> None:
+        checkers.append(control_plane._checker)
+
+    monkeypatch.setattr(llmplane.commands.serve, "_serve", serve)
+    monkeypatch.setattr(llmplane.commands.serve, "log_to_stderr", lambda: None)
+    assert run("serve", "--config", ".", *options).exit_code == 0
+    assert [checker._enabled for checker in checkers] == [expected]
 
 
 def test_a_proxy_whose_credentials_are_missing_is_told_before_envoy_starts(

@@ -238,6 +238,29 @@ async def test_what_a_proxy_acknowledged_and_refused_is_in_the_status(running: R
     assert f"sleep.default: {text}" in format_status({**status, "time": clusters["since"]})
 
 
+async def test_a_proxy_with_what_stands_in_for_a_refused_version_has_not_acknowledged_that(
+    running: RunningControlPlane,
+) -> None:
+    """It is in sync with what it should have, which is not the newest version of the object."""
+    await running.apply(provider("a", "a.example.com"), provider("b", "b.example.com"))
+    async with running.proxy() as proxy:
+        await proxy.request(CDS)
+        await proxy.ack(await proxy.receive())
+        await running.apply(provider("a", "a.example.com", path="/new"), provider("b", "b.example.com"))
+        await proxy.nack(await proxy.receive(), "no such filter")
+        await running.status_when(lambda status: status["problems"])
+    async with running.proxy() as newcomer:
+        await newcomer.request(CDS)
+        await newcomer.ack(await newcomer.receive())
+        status = await running.status_when(
+            lambda status: [each["state"] for each in status["proxies"]] == ["SYNCED"]
+        )
+    assert [(each["state"], each["programmed"]) for each in status["objects"]] == [
+        ("Refused", "0/1"),
+        ("OK", "1/1"),
+    ]
+
+
 async def test_a_proxy_that_is_in_sync_says_what_it_acknowledged(running: RunningControlPlane) -> None:
     status = await running.apply(provider("a", "a.example.com"))
     assert status["objects"][0]["programmed"] == "0/0"

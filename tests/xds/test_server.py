@@ -2,8 +2,11 @@
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
 import asyncio
+import gc
 import os
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import grpc
 import pytest
@@ -31,6 +34,37 @@ async def test_X1_node_in_the_first_message_is_enough(world: World) -> None:
         request.node.id, request.node.cluster = "other", "other"
         await proxy.send(request)
         await proxy.expect(CDS, {}, removed=["b"])
+
+
+async def test_X1_node_in_the_first_message_is_enough_in_state_of_the_world(world: World) -> None:
+    world.set(CDS, {"a": 1})
+    world.set(EDS, {"e": 1}, group="other")
+    async with world.sotw() as proxy:
+        await proxy.subscribe(CDS, [], {"a": 1})
+        request = protos.DiscoveryRequest(type_url=EDS, resource_names=["e"])
+        request.node.id, request.node.cluster = "other", "other"
+        await proxy.send(request)
+        await proxy.expect_nothing()
+
+
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_X2_cluster_is_made_before_the_route_moves_and_broken_after(world: World, variant: str) -> None:
+    """In one publication a route moves from `old` to `new`: each step waits for the ACK of the one before."""
+    world.publish(resource(CDS, "old"), resource(RDS, "routes"))
+    async with getattr(world, variant)() as proxy:
+        await proxy.subscribe(CDS, [], {"old": 1})
+        await proxy.subscribe(RDS, ["routes"], {"routes": 1})
+        await proxy.expect_nothing()
+        world.publish(resource(CDS, "new"), resource(RDS, "routes", 2))
+        full = variant == "sotw"
+        added = await proxy.expect(CDS, {"old": 1, "new": 1} if full else {"new": 1})
+        await proxy.expect_nothing()
+        await proxy.ack(added)
+        moved = await proxy.expect(RDS, {"routes": 2})
+        await proxy.expect_nothing()
+        await proxy.ack(moved)
+        await proxy.ack(await proxy.expect(CDS, {"new": 1} if full else {}, removed=[] if full else ["old"]))
+        await proxy.expect_nothing()
 
 
 @pytest.mark.parametrize("variant", ["delta", "sotw"])
@@ -81,12 +115,13 @@ async def test_X6_sixty_thousand_initial_versions_are_taken(world: World) -> Non
         await proxy.expect(CDS, {"a": 1}, removed=known)
 
 
-async def test_X6_response_of_many_megabytes_passes(world: World) -> None:
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_X6_response_of_many_megabytes_passes(world: World, variant: str) -> None:
     large = Resource.of(
         protos.Secret(name="a", generic_secret={"secret": {"inline_bytes": bytes(40_000_000)}})
     )
     world.publish(large)
-    async with world.delta() as proxy:
+    async with getattr(world, variant)() as proxy:
         await proxy.subscribe(SDS, ["a"], [large])
 
 
@@ -244,6 +279,60 @@ async def test_garbage_ends_its_stream_only(world: World, method: str) -> None:
             await goes_on(world, good, number + 1)
 
 
+async def test_bytes_that_are_no_http2_end_their_connection_only(world: World) -> None:
+    """A port scanner, a browser, a client that speaks TLS."""
+    hello = bytes.fromhex("16030100c8010000c40303") + os.urandom(190)
+    settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    async with world.delta() as good:
+        await good.request(CDS)
+        await good.expect(CDS, {})
+        for number, garbage in enumerate([b"GET / HTTP/1.1\r\n\r\n", hello, settings + os.urandom(5000)]):
+            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+            writer.write(garbage)
+            async with asyncio.timeout(TIMEOUT):
+                with suppress(ConnectionError):
+                    await reader.read()
+            writer.close()
+            await goes_on(world, good, number + 1)
+
+
+@both_methods
+async def test_of_a_request_that_ends_its_stream_nothing_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Not even until the next collection of garbage: a flood of such would cost hundreds of megabytes."""
+    known: WeakSet[Any] = WeakSet()
+    begin = server._Connection.__init__
+
+    def noted(connection: Any, *arguments: Any, **options: Any) -> None:
+        begin(connection, *arguments, **options)
+        known.add(connection)
+
+    monkeypatch.setattr(server._Connection, "__init__", noted)
+    gc.disable()
+    try:
+        good = protos.DiscoveryRequest(type_url=CDS, node={"id": "a"}).SerializeToString()
+        garbage = b"\xff" * 1000
+        for requests in ([garbage], [good, garbage]):
+            async with world.delta(method=method) as bad:
+                for request in requests:
+                    await bad.call.write(request)
+                assert (await bad.expect_end())[0] is grpc.StatusCode.INVALID_ARGUMENT
+        await eventually(lambda: not known)
+    finally:
+        gc.enable()
+
+
+@both_methods
+async def test_client_that_never_says_who_it_is_is_let_go(
+    world: World, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """It could keep any number of streams, without any credentials."""
+    monkeypatch.setattr(server, "FIRST_REQUEST", 0.1)
+    async with world.delta(method=method) as silent:
+        assert await silent.expect_end() == (grpc.StatusCode.DEADLINE_EXCEEDED, "no request came")
+
+
 @both_methods
 async def test_wrong_nonces_and_unasked_answers_are_ignored(world: World, method: str) -> None:
     world.set(CDS, {"a": 1})
@@ -269,12 +358,13 @@ async def test_made_up_types_are_limited(world: World) -> None:
         assert (await proxy.expect_end())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_X7_client_that_never_reads_delays_nobody(world: World) -> None:
+@pytest.mark.parametrize("variant", ["delta", "sotw"])
+async def test_X7_client_that_never_reads_delays_nobody(world: World, variant: str) -> None:
     """It holds one message; what changes meanwhile is not queued, and when it reads it gets the newest."""
     block = {"secret": {"inline_bytes": bytes(1_000_000)}}
-    async with world.delta("deaf") as deaf, world.delta("good") as good:
-        for proxy in (deaf, good):
-            await proxy.request(SDS, ["*"])
+    async with getattr(world, variant)("deaf") as deaf, world.delta("good") as good:
+        await deaf.request(SDS, [f"s{number}" for number in range(50)])
+        await good.request(SDS, ["*"])
         await good.expect(SDS, [])
         for number in range(50):
             published = Resource.of(protos.Secret(name=f"s{number}", generic_secret=block))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from weakref import ref
 
 import pytest
 from hypothesis import given
@@ -125,3 +126,14 @@ def test_held_resources_are_known_and_differ_from_known_ones() -> None:
     assert resources.replace({"a": known}).held == frozenset()
     assert Snapshot([known])[SDS].changed(resources) == {"a"}
     assert Resource.unknown(SDS, "a").body == b""
+
+
+def test_names_of_which_there_is_nothing_are_not_kept() -> None:
+    """Clients may ask for any, and `EMPTY` lives as long as the process."""
+    full = Snapshot([resource(CDS, "a")])[CDS]
+    for resources in (full, EMPTY):
+        names = Names(["made up"])
+        known = ref(names)
+        assert resources.part(names) is EMPTY
+        del names
+        assert known() is None

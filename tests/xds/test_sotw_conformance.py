@@ -18,7 +18,7 @@ from tests.xds.client import (
     eds_cluster,
     resource,
 )
-from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, Resource, encode_field
+from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, SRDS, Resource, encode_field
 from xds.server import WRAPS
 
 TTL: Final = timedelta(seconds=0.1)
@@ -72,6 +72,23 @@ async def test_S04_nack_is_not_answered_until_something_changes(world: World, ty
         await proxy.expect_nothing()
         world.set(type_url, {"a": 2})
         await proxy.expect(type_url, {"a": 2})
+
+
+@all_types
+async def test_S04_only_error_detail_makes_a_nack(world: World, type_url: str) -> None:
+    """P "ACK and NACK semantics": the version in a request is what the client has, no verdict."""
+    world.set(type_url, {"a": 1})
+    async with world.sotw() as proxy:
+        await proxy.request(type_url, ["a"])
+        answer = await proxy.expect(type_url, {"a": 1})
+        await proxy.request(type_url, ["a"], version="", nonce=answer.nonce)
+        await proxy.expect_nothing()
+        assert world.server.refusals() == []
+        world.set(type_url, {"a": 2})
+        answer = await proxy.expect(type_url, {"a": 2})
+        await proxy.request(type_url, ["a"], version=answer.version, nonce=answer.nonce, error="invalid")
+        await proxy.expect_nothing()
+        assert [refusal.name for refusal in world.server.refusals()] == ["a"]
 
 
 @full_types
@@ -301,6 +318,13 @@ async def test_S21_nothing_twice_in_one_response(world: World, type_url: str) ->
         await proxy.expect_nothing()
 
 
+async def test_D21_node_id_is_required(world: World) -> None:
+    async with world.sotw(node_id="") as proxy:
+        await proxy.request(CDS)
+        status, text = await proxy.expect_end()
+        assert (status, "node.id" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
 async def test_X3_a_key_rotation_is_a_secret_and_nothing_else(world: World) -> None:
     """And a type that this server never heard of is served by name like any other, on the same stream."""
     type_url = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
@@ -408,6 +432,7 @@ async def test_X5_empty_collection_is_an_empty_set(world: World, type_url: str) 
         ("cluster.v3.ClusterDiscoveryService/StreamClusters", CDS),
         ("endpoint.v3.EndpointDiscoveryService/StreamEndpoints", EDS),
         ("listener.v3.ListenerDiscoveryService/StreamListeners", LDS),
+        ("route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes", SRDS),
         ("route.v3.RouteDiscoveryService/StreamRoutes", RDS),
         ("secret.v3.SecretDiscoveryService/StreamSecrets", SDS),
         ("extension.v3.ExtensionConfigDiscoveryService/StreamExtensionConfigs", ECDS),

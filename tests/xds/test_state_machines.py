@@ -20,8 +20,8 @@ from xds.resources import CDS, EDS, LDS, RDS, SDS, Guard, Resource, glob_of
 from xds.snapshot import Snapshot
 from xds.sotw import SotwSubscription
 from xds.status import State, state_of
-from xds.stream import PATIENCE, Stream
-from xds.subscription import MAX_NAMES, MAX_PENDING, TooManyNamesError
+from xds.stream import PATIENCE, Stream, TooManyTypesError
+from xds.subscription import MAX_NAME, MAX_NAMES, MAX_PENDING, TooManyNamesError
 
 BAD, ALSO_BAD = 9, 99
 """Contents that the simulated proxies refuse."""
@@ -595,9 +595,31 @@ def test_client_that_never_answers_is_remembered_in_bounded_space(variant: type[
     assert proxy.has[CDS] == {"a": resource(CDS, "a", content).version}
 
 
-def test_number_of_names_is_limited(delta: DeltaProxy) -> None:
+@pytest.mark.parametrize("kind", [DeltaSubscription, SotwSubscription])
+def test_number_and_length_of_names_are_limited(
+    kind: type[DeltaSubscription] | type[SotwSubscription],
+) -> None:
+    """Of all types together, too: the names of a client may not cost any amount of memory."""
+    stream: Stream[Any] = Stream(group_of(), "proxy", kind)
+    names = "subscribe" if kind is DeltaSubscription else "names"
+    numbers = [str(number) for number in range(MAX_NAMES + 1)]
+    for too_much in (numbers, ["x" * (MAX_NAME + 1)]):
+        with pytest.raises(TooManyNamesError):
+            stream.subscription(RDS).request(**{names: too_much})
+    stream.subscription(RDS).request(**{names: [*numbers[:-2], "x" * MAX_NAME]})
+    stream.check_names()
+    stream.subscription(SDS).request(**{names: ["a", "b"]})
     with pytest.raises(TooManyNamesError):
-        delta.stream.subscription(RDS).request(subscribe=[str(number) for number in range(MAX_NAMES + 1)])
+        stream.check_names()
+    with pytest.raises(TooManyTypesError):
+        stream.subscription("x" * (MAX_NAME + 1))
+
+
+def test_number_of_resources_that_a_client_brings_along_is_limited(delta: DeltaProxy) -> None:
+    versions = {str(number): "1" for number in range(MAX_NAMES + 1)}
+    stream = Stream(delta.group, "proxy", DeltaSubscription)
+    with pytest.raises(TooManyNamesError):
+        stream.subscription(CDS).request(initial_versions=versions)
 
 
 def test_X2_full_sets_swap_a_cluster_in_steps_too() -> None:
