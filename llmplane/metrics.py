@@ -85,6 +85,9 @@ class Metrics(Observer, Collector):
             registry=self._registry,
             buckets=_SECONDS,
         )
+        self._rejected_streams = Counter(
+            {"UNAUTHENTICATED": 0, "PERMISSION_DENIED": 0, "INVALID_ARGUMENT": 0}
+        )
         self._registry.register(self)
 
     def exposition(self) -> bytes:
@@ -108,6 +111,10 @@ class Metrics(Observer, Collector):
         """Count a request with an old nonce."""
         self._expired_nonces[TYPES.get(type_url, _OTHER)] += 1
 
+    def node_rejected(self, status: str) -> None:
+        """Count a stream that is not served."""
+        self._rejected_streams[status] += 1
+
     def converged(self, seconds: float) -> None:
         """Note how long a change took to get to a proxy."""
         self._convergence_time.observe(seconds)
@@ -127,6 +134,12 @@ class Metrics(Observer, Collector):
             "pilot_total_xds_rejects",
             "Responses that proxies refused (NACK), by resource type (a counter).",
             self._rejects,
+        )
+        yield _counted(
+            "llmplane_rejected_streams",
+            "Streams of proxies that are not served, or not any longer, by gRPC status (a counter).",
+            self._rejected_streams,
+            "status",
         )
         for label, name in _REJECTS.items():
             text = f"{name} responses that proxies refused (a counter)."
@@ -172,8 +185,8 @@ class Metrics(Observer, Collector):
         )
 
 
-def _counted(name: str, text: str, numbers: Mapping[str, int]) -> Metric:
-    family = UntypedMetricFamily(name, text, labels=["type"])
+def _counted(name: str, text: str, numbers: Mapping[str, int], by: str = "type") -> Metric:
+    family = UntypedMetricFamily(name, text, labels=[by])
     for label, number in numbers.items():
         family.add_metric([label], number)
     return family

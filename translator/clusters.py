@@ -144,7 +144,7 @@ def _credential_injector(secret_name: str, proxy: Proxy) -> Message:
 
 
 def _tls(provider: LLMProvider, *, client_certificate: bool) -> Message:
-    """TLS to a provider, its certificate and name verified (envoy-facts.md part 1, trap 10)."""
+    """TLS to a provider, its certificate and name verified (design decision 16)."""
     settings = provider.spec.tls
     sni = settings.sni or provider.spec.host
     validation: dict[str, Any] = {}

@@ -33,7 +33,7 @@ _GUARD = {
     ],
 }
 """Nothing listens here. A cluster without a usable host answers 503 at once and ends the retry logic; a
-refused connection is retried on the next provider instead (envoy-facts.md part 1, section 3)."""
+refused connection is retried on the next provider instead (seen with Envoy 1.40)."""
 
 
 def cluster_of(

@@ -1,6 +1,6 @@
 """Gateway -> what a gateway proxy opens: ports, their filter chains, and whose routes each of them takes.
 
-Merging and conflicts follow Istio (pilot/pkg/model/gateway.go MergeGateways); asm-and-istio.md 4.5.
+Merging and conflicts follow Istio (pilot/pkg/model/gateway.go MergeGateways).
 """
 
 from collections.abc import Iterable, Iterator, Mapping

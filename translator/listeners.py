@@ -101,7 +101,7 @@ def connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool)
         stat_prefix=_STATISTICS[proxy.type],
         rds=None if scoped else {"route_config_name": routes, "config_source": _ADS},
         scoped_routes=_scoped_routes(routes, proxy) if scoped else None,
-        # Host: HOST:PORT and HOST. are HOST, for routes and policies alike (asm-and-istio.md, finding 4).
+        # Host: HOST:PORT and HOST. are HOST, for routes and policies alike: Envoy compares text.
         strip_any_host_port=True,
         strip_trailing_host_dot=True,
         skip_xff_append=True,

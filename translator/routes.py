@@ -1,7 +1,7 @@
 """Which hosts a proxy serves: LLMRoutes and LLMProviders -> virtual hosts.
 
 On a sidecar each LLMRoute of the mesh, and each LLMProvider without one. On a gateway what LLMRoutes attach
-to its Gateways, as VirtualServices do in Istio (asm-and-istio.md 4.5).
+to its Gateways, as VirtualServices do in Istio (networking/v1alpha3/gateway.proto, ``hosts``).
 
 A changed route configuration is made anew by Envoy, all of it. So on a sidecar plain providers, nearly all
 of those without an LLMRoute, have no virtual host of their own: a catch-all virtual host leads to the cluster

@@ -1,6 +1,7 @@
 """The rules of an LLMRoute -> Envoy routes: which cluster takes a request, when another one gets it.
 
-Matches and precedence follow Istio's VirtualService (asm-and-istio.md 4.5); design decisions 9 to 13.
+Matches and precedence follow Istio's VirtualService (networking/v1alpha3/virtual_service.proto); design
+decisions 9 to 13 (docs/decisions.md).
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence

@@ -106,7 +106,7 @@ def api_key_resource(name: str, key: str, *, held: bool, has_prefix: bool = Fals
     """Make the SDS secret of a key. An empty one makes Envoy answer 401 at once.
 
     ``has_prefix``: it is the whole value of its header, for an Envoy that adds nothing to it.
-    Without any answer all listeners would wait 15 s at the start (envoy-facts.md part 1, section 4).
+    Without any answer all listeners would wait 15 s at the start (seen with Envoy 1.40).
     """
     value = BEARER + key if key and has_prefix else key
     secret = protos.Secret(name=name, generic_secret={"secret": {"inline_string": value}})

@@ -205,6 +205,8 @@ class DeltaSubscription(Subscription):
 
     def _brings_forced(self, new: ResourceSet) -> bool:
         """Whether what was asked for is among what the step from `_tip` to `new` adds; if so, forget it."""
+        if not self.forced:
+            return True
         changed = new.changed(self._tip)
         if not self.forced.keys() <= changed or not changed.isdisjoint(self._tip):
             return False

@@ -24,6 +24,9 @@ class Observer:
     def nonce_expired(self, type_url: str) -> None:
         """Note a request with a nonce that is neither the latest one nor that of an unanswered response."""
 
+    def node_rejected(self, status: str) -> None:
+        """Note a stream that is not served, or not any longer, with the name of its gRPC status."""
+
     def converged(self, seconds: float) -> None:
         """Note that a proxy acknowledged everything, so long after a change began."""
 

@@ -481,6 +481,7 @@ class _Connection:
             log.warning("proxy cannot be checked again", node=self._node.id, reason=str(unavailable))
         except NodeRejected as rejected:
             log.warning("proxy is cut off", node=self._node.id, peer=self._peer, reason=str(rejected))
+            self._server.observer.node_rejected(rejected.status.name)
             self.close(_Closed(rejected.status, str(rejected)))
         else:
             if key != self._stream.group.key:
@@ -511,6 +512,7 @@ class _Connection:
             group = self._server.join(self, self._node, self.identity)
         except NodeRejected as rejected:
             log.warning("proxy rejected", node=self._node.id, peer=self._peer, reason=str(rejected))
+            self._server.observer.node_rejected(rejected.status.name)
             raise _Closed(rejected.status, str(rejected)) from None
         if self._delta:
             self._stream = Stream(group, self._node.id, DeltaSubscription)

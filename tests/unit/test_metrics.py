@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 
+import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -73,6 +74,17 @@ async def test_the_convergence_time_is_of_changes_that_are_acknowledged(running:
         found = await metrics_when(running, lambda found: found["pilot_proxy_convergence_time_count"])
     assert found["pilot_proxy_convergence_time_count"] == 1
     assert found["pilot_proxy_convergence_time_sum"] > 0
+
+
+async def test_a_stream_that_is_not_served_is_counted(running: RunningControlPlane) -> None:
+    async with running.proxy() as proxy:
+        proxy._node.metadata.update({"BIND_ADDRESS": "everywhere"})
+        await proxy.request(CDS)
+        status, _ = await proxy.expect_end()
+        found = samples(await running.get("/metrics"))
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert found['llmplane_rejected_streams{status="INVALID_ARGUMENT"}'] == 1
+    assert found['llmplane_rejected_streams{status="UNAUTHENTICATED"}'] == 0
 
 
 async def test_a_refusal_is_counted_and_is_a_problem_of_its_object(running: RunningControlPlane) -> None:
@@ -165,6 +177,7 @@ def test_the_names() -> None:
         "llmplane_objects",
         "llmplane_problems",
         "llmplane_proxies",
+        "llmplane_rejected_streams",
         "pilot_proxy_convergence_time",
         "pilot_total_xds_rejects",
         "pilot_xds",
