@@ -26,6 +26,7 @@ from typing import cast
 
 from google.protobuf.message import Message
 
+from crds.problems import ObjectKey
 from translator.memory import Memory
 from translator.parts import Collection, Part
 from translator.routes import HostRoutes, RouteTable, route_configuration
@@ -66,11 +67,15 @@ def one_configuration(table: RouteTable, memory: Memory) -> Part:
 
 
 def scoped_routes(table: RouteTable, memory: Memory) -> Iterator[Part]:
-    """Make the scopes and the buckets of a proxy's routes, a part for each bucket."""
+    """Make the scopes and the buckets of a proxy's routes, two parts for each bucket."""
     catch_all = memory.recall(("catch-all", id(table.catch_all)), table.catch_all, partial(_catch_all, table))
     for name, hosts, plain in _buckets(table):
-        make = partial(_bucket, name, hosts, plain, catch_all, table.listener)
-        yield memory.recall((name, table.listener, hosts, plain, id(catch_all)), catch_all, make)
+        make = partial(_configuration, name, hosts, catch_all)
+        yield memory.recall((name, hosts, id(catch_all)), catch_all, make)
+        # By their names: a host whose routes change keeps its scopes, and nobody compares all of them.
+        named = tuple((host.names, host.objects) for host in (*hosts, *plain))
+        scopes = partial(_scopes, name, named, table.listener)
+        yield memory.recall(("scopes", name, table.listener, named), None, scopes)
 
 
 def _configuration(name: str, hosts: Sequence[HostRoutes], catch_all: Message | None) -> Part:
@@ -90,20 +95,14 @@ def _catch_all(table: RouteTable) -> Message | None:
     return cast("Message", made)
 
 
-def _bucket(
-    name: str,
-    hosts: Sequence[HostRoutes],
-    plain: Sequence[HostRoutes],
-    catch_all: Message | None,
-    listener: str | None,
+def _scopes(
+    bucket: str, hosts: Sequence[tuple[Sequence[str], Sequence[ObjectKey]]], listener: str | None
 ) -> Part:
     found = Collection()
-    made = route_configuration(name, hosts, catch_all)
-    found.add(Resource.of(made), *(key for host in hosts for key in host.objects))
-    for host in (*hosts, *plain):
-        for domain in host.names:
+    for names, objects in hosts:
+        for domain in names:
             if not domain.startswith("*"):
-                found.add(_scope(domain, name, listener), *host.objects)
+                found.add(_scope(domain, bucket, listener), *objects)
     return found.part()
 
 
