@@ -15,6 +15,7 @@ accepts that very version after all; a proxy that refuses what others accept is 
 No I/O and no clock in here.
 """
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -26,6 +27,9 @@ from xds.snapshot import EMPTY, ResourceSet, Snapshot
 
 MAX_DETAIL: Final = 1024
 """Characters of an Envoy's error text that are kept."""
+
+RECENT: Final = 32 << 20
+"""Bytes of responses that are kept for proxies that come one after the other."""
 
 
 class Response:
@@ -72,6 +76,25 @@ def nonce_of(number: int) -> str:
     return f"{number:x}"
 
 
+class Recent:
+    """The newest responses of all groups; others live only until the last client answered them."""
+
+    def __init__(self) -> None:
+        self._responses: deque[Response] = deque()
+        self._size = 0
+
+    def keep(self, response: Response) -> None:
+        """Keep a response; the oldest are let go."""
+        self._responses.append(response)
+        self._size += _size(response)
+        while self._size > RECENT:
+            self._size -= _size(self._responses.popleft())
+
+
+def _size(response: Response) -> int:
+    return len(response.data) + 1024  # the object, and what it says of the changes
+
+
 class Point:
     """What the proxies of a group should have, at one step of its history; the sequence grows."""
 
@@ -83,7 +106,8 @@ class Point:
         """Proxies may rightly have more than this (`Snapshot.incomplete`)."""
         self._sets = sets
         self.shared: WeakValueDictionary[Hashable, Response] = WeakValueDictionary()
-        """Responses that several streams can use; each lives until the last client answered it."""
+        """Responses that several streams can use; each lives until the last client answered it, or longer
+        (`Recent`)."""
         self.variants: WeakValueDictionary[Hashable, ResourceSet] = WeakValueDictionary()
         """Sets that are, for several streams, between two points; each lives as long as a client has it."""
 
@@ -173,6 +197,7 @@ class Group:
         *,
         identifier: str,
         numbers: Iterator[int],
+        recent: Recent,
         archive: Archive | None = None,
     ) -> None:
         self.key = key
@@ -189,6 +214,7 @@ class Group:
         """By their hash, what clients ask for; shared, since most ask for the same."""
         self._control_plane = encode_field(1, identifier.encode())
         self._numbers = numbers
+        self._recent = recent
         self.publish(snapshot)
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -284,7 +310,9 @@ class Group:
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts += [encode_field(6, name.encode()) for name, resource in changes.items() if resource is None]
         parts.append(encode_field(7, self._control_plane))
-        return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+        response = Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+        self._recent.keep(response)
+        return response
 
     def encode_sotw(
         self,
@@ -300,7 +328,9 @@ class Group:
         parts.append(encode_field(4, type_url.encode()))
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts.append(encode_field(6, self._control_plane))
-        return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+        response = Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+        self._recent.keep(response)
+        return response
 
     def names(self, type_url: str, names: Iterable[str]) -> Names:
         """Return these names as one object for all clients, made of the strings of the resources.

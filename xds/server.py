@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from xds import protos
 from xds.delta import DeltaSubscription
-from xds.group import Archive, Group, Refusal
+from xds.group import Archive, Group, Recent, Refusal
 from xds.nack import nack_text
 from xds.observer import Observer, Progress
 from xds.resources import CDS, ECDS, EDS, LDS, PUSH_ORDER, RDS, SDS, SRDS, Resource
@@ -214,6 +214,7 @@ class ManagementServer:
         )
         self._identifier = identifier
         self._numbers: Iterator[int] = count(1)
+        self._recent = Recent()
         self._groups: dict[Hashable, Group] = {}
         self._connections: set[_Connection] = set()
         self._ready = False
@@ -365,6 +366,7 @@ class ManagementServer:
                 self._source.snapshot(key),
                 identifier=self._identifier,
                 numbers=self._numbers,
+                recent=self._recent,
                 archive=self._archive,
             )
             self._groups[key] = group

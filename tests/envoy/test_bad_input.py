@@ -276,7 +276,7 @@ UNKNOWN = "some objects cannot be read, and no good version of them is known her
 def test_a_fresh_container_with_a_broken_file_takes_nothing_from_a_running_sidecar(
     lab: Lab, config: Path, broken: str
 ) -> None:
-    """Models, keys and new clusters of other files arrive; the table of routes is that of before."""
+    """Models, keys and new providers of other files arrive; the table of routes is that of before."""
     lab.apply(dashscope("good"))
     lab.mesh.apply("other.yaml", moonshot("one"))
     with killed_without_a_trace(lab):
@@ -290,7 +290,7 @@ def test_a_fresh_container_with_a_broken_file_takes_nothing_from_a_running_sidec
     lab.fake.hosts[MOONSHOT] = Host(KEYS[MOONSHOT])
     lab.mesh.apply("other.yaml", moonshot("four"))
     lab.mesh.apply("new.yaml", provider("openai", OPENAI, KEYS[OPENAI], "gpt"))
-    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT, OPENAI)] == ["good", "four", "404"]
+    assert [model(lab, host) for host in (DASHSCOPE, MOONSHOT, OPENAI)] == ["good", "four", "gpt"]
 
     with killed(lab):
         pass

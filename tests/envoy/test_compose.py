@@ -102,7 +102,7 @@ class TestComposeFile:
         command = ["curl", "--silent", "--unix-socket", socket_path, "http://envoy/config_dump"]
         dump = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
         assert demo.compose.host_text(envoy, "/etc/envoy/llm_provider.lua") in dump
-        assert "function envoy_on_request" not in dump
+        assert "ffi.typeof" not in dump
         assert "sk-demo" not in dump
 
     @needs_prometheus

@@ -1,6 +1,7 @@
 """The state machines by themselves: no server, no time. Whatever happens, every proxy ends at its best."""
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
+import weakref
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.xds.client import resource
 from xds import delta as delta_module
+from xds import group as group_module
 from xds import protos
 from xds.delta import MAX_PIECES, PARTS, PIECE, DeltaSubscription
-from xds.group import Group, Response
+from xds.group import Group, Recent, Response
 from xds.resources import CDS, EDS, LDS, RDS, SDS, Guard, Resource, glob_of
 from xds.snapshot import Snapshot
 from xds.sotw import SotwSubscription
@@ -48,7 +50,7 @@ BAD_VERSIONS = {
 
 
 def group_of(*published: Resource) -> Group:
-    return Group("group", Snapshot(published), identifier="test", numbers=count(1))
+    return Group("group", Snapshot(published), identifier="test", numbers=count(1), recent=Recent())
 
 
 def world_of(contents: dict[tuple[str, str], int]) -> Snapshot:
@@ -800,7 +802,7 @@ def test_archive_tells_a_later_server_what_stands_in_for_a_refused_version() -> 
 
     def group(*published: Resource) -> Group:
         snapshot = Snapshot(published)
-        return Group("group", snapshot, identifier="test", numbers=count(1), archive=archive)
+        return Group("group", snapshot, identifier="test", numbers=count(1), recent=Recent(), archive=archive)
 
     proxy = DeltaProxy(group(resource(CDS, "a"), resource(CDS, "b")))
     settle(proxy)
@@ -822,7 +824,8 @@ def test_proxy_that_refuses_the_stand_in_as_well_goes_without(variant: type[Delt
     bad = resource(CDS, "a", BAD)
     archive = DictArchive({(CDS, "a", bad.version): resource(CDS, "a", ALSO_BAD)})
     snapshot = Snapshot([bad, resource(CDS, "b")])
-    proxy = variant(Group("group", snapshot, identifier="test", numbers=count(1), archive=archive))
+    group = Group("group", snapshot, identifier="test", numbers=count(1), recent=Recent(), archive=archive)
+    proxy = variant(group)
     settle(proxy)
     assert has(proxy) == versions_of(resource(CDS, "b"))
     publish(proxy, bad, resource(CDS, "b", 2))
@@ -852,6 +855,36 @@ def test_X2_pieces_of_what_is_new_keep_the_order_of_the_types() -> None:
     answer_all(proxy)
     assert proxy.stream.next_response(0) is None
     assert has(proxy) == versions_of(*(resource(url, name) for url in (CDS, LDS, RDS) for name in "ab"))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_proxies_that_come_one_after_the_other_are_sent_the_same_bytes(variant: type[DeltaProxy]) -> None:
+    group = routed("a", "b")
+    sent = []
+    for _ in range(2):
+        proxy = variant(group)
+        responses = []
+        while proxy.read():
+            responses.append(proxy.received[-1][1].data)
+            proxy.answer()
+        sent.append(responses)
+        del proxy
+    assert len(sent[0]) > 1
+    assert all(one is other for one, other in zip(*sent, strict=True))
+
+
+def test_what_is_kept_for_proxies_to_come_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "RECENT", 10_000)
+    group = routed("a")
+    proxy = DeltaProxy(group)
+    responses = []
+    for content in range(100, 200):
+        publish(proxy, resource(CDS, "a", content))
+        assert proxy.read()
+        responses.append(weakref.ref(proxy.received[-1][1]))
+        proxy.exchange()
+    assert 0 < sum(response() is not None for response in responses) < 10
 
 
 @pytest.mark.usefixtures("small_pieces")
