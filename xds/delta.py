@@ -235,6 +235,7 @@ class DeltaSubscription(Subscription):
                 return None
             response = self._encode({name: new.get(name) for name in sorted(names)}, phase.target)
             phase.target.shared[key] = response
+            self._group.keep(response)
         if response.removes and (phase.target.incomplete or phase.removable < phase.target.sequence):
             return None
         adds = any(name not in old for name in response.changes)

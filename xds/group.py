@@ -77,7 +77,10 @@ def nonce_of(number: int) -> str:
 
 
 class Recent:
-    """The newest responses of all groups; others live only until the last client answered them."""
+    """The newest responses that take proxies from one set to another, of all groups.
+
+    Others live only until the last client answered them: what a client asks for can be anything.
+    """
 
     def __init__(self) -> None:
         self._responses: deque[Response] = deque()
@@ -310,9 +313,7 @@ class Group:
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts += [encode_field(6, name.encode()) for name, resource in changes.items() if resource is None]
         parts.append(encode_field(7, self._control_plane))
-        response = Response(b"".join(parts), number, changes, type_url=type_url, version=version)
-        self._recent.keep(response)
-        return response
+        return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
 
     def encode_sotw(
         self,
@@ -328,9 +329,11 @@ class Group:
         parts.append(encode_field(4, type_url.encode()))
         parts.append(encode_field(5, nonce_of(number).encode()))
         parts.append(encode_field(6, self._control_plane))
-        response = Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+        return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
+
+    def keep(self, response: Response) -> None:
+        """Keep a response for proxies to come; it should name nothing but what there is."""
         self._recent.keep(response)
-        return response
 
     def names(self, type_url: str, names: Iterable[str]) -> Names:
         """Return these names as one object for all clients, made of the strings of the resources.

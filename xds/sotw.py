@@ -221,6 +221,7 @@ class SotwSubscription(Subscription):
             frames = self._frames(want.values())
             response = self._group.encode_sotw(self.type_url, want.version, frames, changes)
             phase.target.shared[key] = response
+            self._group.keep(response)
         adds = any(name not in sent for name in response.changes)
         return self._await(Pending(response, phase.target.sequence, target=want, adds=adds))
 
