@@ -1,6 +1,7 @@
 """A control plane and a sidecar as processes on this machine: what the demo shows and the tests drive."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from llmplane.status import StatusUnavailableError, fetch_status
 
 HTTP_PROXY_PORT = 15080
 _OWN_PORTS = (HTTP_PROXY_PORT, STATS_PORT, HEALTH_PORT)
+_random = random.SystemRandom()  # processes that were seeded alike must not choose alike
 
 
 class LocalMeshError(RuntimeError):
@@ -243,10 +245,16 @@ def end(process: subprocess.Popen[bytes], seconds: float = 5) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nobody listens on, for a server that is yet to start.
+
+    It is none of those that the system gives to outgoing connections (Linux: from 32768 on), else one of them
+    could have it by the time that the server wants it. Raises LocalMeshError if a hundred are taken.
+    """
+    for _ in range(100):
+        port = _random.randrange(20_000, 32_768)
+        if _is_free(host, port):
+            return port
+    raise LocalMeshError(f"{host} has no free port")
 
 
 def free_bind_address() -> str:

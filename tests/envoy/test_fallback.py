@@ -3,13 +3,13 @@
 import hashlib
 import http.client
 import json
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from llmplane.fakellm import Fault, fingerprint
+from llmplane.local import free_port
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI, Lab, running_lab
 from tests.support.dns import DnsServer, asking, running_dns_server
 from tests.support.objects import backends, provider, route
@@ -47,9 +47,7 @@ def llm(host: str, **spec: Any) -> str:
 
 def refused() -> dict[str, Any]:
     """Return the place of a provider where nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"endpoints": [{"address": "127.0.0.1", "port": probe.getsockname()[1]}]}
+    return {"endpoints": [{"address": "127.0.0.1", "port": free_port()}]}
 
 
 def ordered(*hosts: str) -> list[dict[str, Any]]:

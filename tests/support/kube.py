@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from llmplane.local import free_port
 from tools import kube_assets
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +34,10 @@ class ApiServer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"https://127.0.0.1:{self.port}"
         self.kubeconfig = directory / "kubeconfig"
-        self._etcd_ports = (_free_port(), _free_port())
+        self._etcd_ports = (free_port(), free_port())
         self._etcd: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -207,9 +207,3 @@ def running_api_server() -> Iterator[ApiServer]:
         server.stop()
         with contextlib.suppress(OSError):
             shutil.rmtree(directory)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
