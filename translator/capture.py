@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
 
@@ -29,7 +30,15 @@ from translator.listeners import connection_manager
 from translator.memory import Memory
 from translator.parts import Collection, Part
 from translator.proxy import Proxy
-from translator.routes import LOWER_CASE_HOST, HostRoutes, RouteTable
+from translator.routes import (
+    LOWER_CASE_HOST,
+    PLAIN,
+    PLAIN_CLUSTER,
+    ROUTES_HEADER,
+    HostRoutes,
+    RouteTable,
+    has_catch_all,
+)
 from translator.rules import NOT_FORWARDED
 from translator.world import World
 from xds import protos
@@ -69,15 +78,44 @@ _CLEANING = protos.pack(
 )
 """Takes away what steers Envoy's router, or tells of the client. With buckets, Envoy knows the route when it
 is too late to switch a filter off by it: so the filter does nothing, but where the route says so."""
+
+_CLUSTER_NAME = "cluster_name"
+_FIND_CLUSTER = "find_cluster"
+_FOUND = "llm.capture.cluster"
+_FIND = protos.pack(
+    protos.SetFilterState(
+        on_request_headers=[
+            {
+                "object_key": _FOUND,
+                "factory_key": "envoy.string",
+                "format_string": {"text_format_source": {"inline_string": "%UPSTREAM_CLUSTER_RAW%"}},
+            }
+        ]
+    )
+)
+_SWITCHES = {
+    _CLUSTER_NAME: protos.pack(protos.FilterConfig(config={})),
+    _FIND_CLUSTER: protos.pack(protos.FilterConfig(config=_FIND)),
+}
+_NOT_NORMAL = r".*([A-Z].*|\.|:[0-9]+)"
+"""A host that is not as clusters are named after it: in upper case, with a last dot or a port."""
 _TTL = timedelta(seconds=30)
 """The shortest that Envoy takes."""
 _UNLIMITED = {"value": 2**32 - 1}
 _NO_TIMEOUT = timedelta()
 
-_CHOOSE_BUCKET = f"""
+_HOST = f"""
 function envoy_on_request(handle)
   local headers = handle:headers()
   local host = headers:get(":authority"):lower():gsub(":%d+$", ""):gsub("%.$", "")
+  headers:replace("{ROUTES_HEADER}", "{PLAIN}" .. host)
+"""
+"""Begins a script: names the cluster that a plain provider with the host of a request has."""
+_NAME_CLUSTER = f"""{_HOST}
+  handle:clearRouteCache()
+end
+"""
+_CHOOSE_BUCKET = f"""{_HOST}
   local a, b = 1, 0
   for i = 1, #host do
     a = a + host:byte(i)
@@ -174,12 +212,13 @@ def routes(table: RouteTable, memory: Memory, *, with_scopes: bool) -> Iterator[
     """Make the routes of captured traffic, in the form or the forms that the proxy's other routes have."""
     if scopes.needs_one(table):
         hosts = tuple((host, host.names) for host in table.hosts)
-        make = partial(_configuration, _ROUTES, hosts, memory, [_tunnel()])
-        yield memory.recall((_ROUTES, table.hosts), None, make)
+        make = partial(_configuration, _ROUTES, hosts, table.catch_all, memory, [_tunnel()])
+        yield memory.recall((_ROUTES, table.hosts, id(table.catch_all)), table.catch_all, make)
     if with_scopes:
         for number, names in enumerate([*_buckets(table), ()]):
-            make = partial(_scope, number, names, memory)
-            yield memory.recall((_ROUTES, number, names), None, make)
+            make = partial(_scope, number, names, table.catch_all, memory)
+            key = (_ROUTES, number, names, id(table.catch_all))
+            yield memory.recall(key, table.catch_all, make)
 
 
 _Names = tuple[tuple[HostRoutes, tuple[str, ...]], ...]
@@ -202,14 +241,16 @@ def bucket(name: str) -> int:
     return (zlib.adler32(name.encode()) >> 16) % _BUCKETS
 
 
-def _configuration(name: str, hosts: _Names, memory: Memory, first: Sequence[Message] = ()) -> Part:
+def _configuration(
+    name: str, hosts: _Names, catch_all: Message | None, memory: Memory, first: Sequence[Message] = ()
+) -> Part:
     """Make a route configuration; ``first`` are routes that each host has in front of its own."""
     virtual_hosts = [
         memory.recall((_ROUTES, id(host), names, bool(first)), host, partial(_captured, host, names, first))
         for host, names in hosts
     ]
     if not any("*" in names for _, names in hosts):
-        virtual_hosts.append(_allow_any())
+        virtual_hosts.append(_allow_any(catch_all))
     found = Collection()
     made = protos.RouteConfiguration(
         name=name, virtual_hosts=virtual_hosts, ignore_port_in_host_matching=True
@@ -218,10 +259,10 @@ def _configuration(name: str, hosts: _Names, memory: Memory, first: Sequence[Mes
     return found.part()
 
 
-def _scope(number: int, hosts: _Names, memory: Memory) -> Part:
+def _scope(number: int, hosts: _Names, catch_all: Message | None, memory: Memory) -> Part:
     """Make a bucket, and the scope that leads to it."""
     name = f"{_ROUTES}/{number}"
-    routes = _configuration(name, hosts, memory)
+    routes = _configuration(name, hosts, catch_all, memory)
     found = Collection()
     scope = protos.ScopedRouteConfiguration(
         name=name,
@@ -235,11 +276,13 @@ def _scope(number: int, hosts: _Names, memory: Memory) -> Part:
 
 def _captured(host: HostRoutes, names: Sequence[str], first: Sequence[Message]) -> Message:
     """Make the virtual host for captured traffic of that for the HTTP proxy."""
-    made = protos.VirtualHost()
+    domains = [*names, *(f"{name}." for name in names if name != "*")]
+    made: Any = protos.VirtualHost()
     made.CopyFrom(host.virtual_host)
+    if not made.routes:  # of nobody
+        return _passing(made.name, domains)
     del made.domains[:]
-    made.domains.extend(names)
-    made.domains.extend(f"{name}." for name in names if name != "*")
+    made.domains.extend(domains)
     if not host.removes:
         for route in made.routes:
             route.request_headers_to_remove.extend(NOT_FORWARDED)
@@ -252,14 +295,59 @@ def _captured(host: HostRoutes, names: Sequence[str], first: Sequence[Message]) 
     return made
 
 
-def _allow_any() -> Message:
-    """Make Istio's virtual host of unknown hosts."""
+def _allow_any(catch_all: Message | None) -> Message:
+    """Make Istio's virtual host of unknown hosts, which has the plain providers too."""
+    made = _passing("allow_any", ["*"])
+    if catch_all is not None:
+        tunnel, passthrough = made.routes
+        del made.routes[:]
+        made.routes.extend([tunnel, *_plain(catch_all, passthrough)])
+    return made
+
+
+def _passing(name: str, domains: Sequence[str]) -> Any:
+    """Make a virtual host of which everything passes through."""
     return protos.VirtualHost(
-        name="allow_any",
-        domains=["*"],
+        name=name,
+        domains=domains,
         routes=[_tunnel(), _passthrough({"prefix": "/"}, "websocket")],
         request_headers_to_remove=_KEPT.values(),  # after what a route does
     )
+
+
+def _plain(catch_all: Any, passthrough: Any) -> Iterator[Message]:
+    """Make the routes of hosts that no LLMRoute names: of plain providers, or else of what passes through.
+
+    No route can match by whether a cluster exists. So the first time a request takes the last route, which
+    leads to the cluster that is named after its host, and a filter notes which one that is, if any; then its
+    route is looked for again.
+    """
+    found = {"key": _FOUND, "string_match": {"prefix": PLAIN}}
+    limit = catch_all.request_body_buffer_limit
+    provider = protos.Route()
+    provider.CopyFrom(catch_all.routes[-1])
+    provider.match.filter_state.add(**found)
+    provider.request_body_buffer_limit.CopyFrom(limit)
+    del provider.request_headers_to_remove[:]
+    provider.request_headers_to_remove.extend(NOT_FORWARDED)
+    provider.typed_per_filter_config[_CLEANER].CopyFrom(_CLEANING)
+    is_upgrade = {"name": "upgrade", "present_match": True}
+    yield protos.Route(
+        match={"prefix": "/", "headers": [is_upgrade], "filter_state": [found]},
+        direct_response={"status": HTTPStatus.FORBIDDEN},  # as Envoy where no upgrade is allowed
+    )
+    yield provider
+    nothing = {"key": _FOUND, "string_match": {"exact": "-"}}
+    passthrough.match.filter_state.add(**nothing)
+    yield passthrough
+    is_odd = {"name": ROUTES_HEADER, "string_match": {"safe_regex": {"regex": _NOT_NORMAL}}}
+    for headers, filters in (([is_odd], (_CLUSTER_NAME, _FIND_CLUSTER)), ([], (_FIND_CLUSTER,))):
+        yield protos.Route(
+            name=_PASSTHROUGH_ROUTE,
+            match={"prefix": "/", "headers": headers},
+            route={"cluster_header": ROUTES_HEADER, "upgrade_configs": passthrough.route.upgrade_configs},
+            typed_per_filter_config={name: _SWITCHES[name] for name in filters},
+        )
 
 
 def _tunnel() -> Message:
@@ -278,7 +366,7 @@ def _passthrough(match: dict[str, Any], upgrade: str) -> Message:
             "upgrade_configs": [{"upgrade_type": upgrade}],
         },
         # First headers are removed, then others are added, where they are not empty.
-        request_headers_to_remove=[*_KEPT, _BUCKET_HEADER],
+        request_headers_to_remove=[*_KEPT, _BUCKET_HEADER, ROUTES_HEADER],
         request_headers_to_add=[
             {"header": {"key": name, "value": f"%REQ({kept})%"}} for name, kept in _KEPT.items()
         ],
@@ -292,9 +380,11 @@ def _connection_manager(world: World, proxy: Proxy, *, scoped: bool) -> Message:
         made.ClearField(name)
     own = {"remove_on_match": {"key_matcher": {"prefix": _OWN_HEADERS, "ignore_case": True}}}
     keep = [{"append": {"header": {"key": kept, "value": f"%REQ({name})%"}}} for name, kept in _KEPT.items()]
+    name_cluster = {"append": {"header": {"key": ROUTES_HEADER, "value": PLAIN_CLUSTER}}}
+    mutations = [own, *keep, *([name_cluster] if has_catch_all(proxy) else [])]
     made.early_header_mutation_extensions.add(
         name="envoy.http.early_header_mutation.header_mutation",
-        typed_config=protos.pack(protos.EarlyHeaderMutation(mutations=[own, *keep])),
+        typed_config=protos.pack(protos.EarlyHeaderMutation(mutations=mutations)),
     )
     made.http_protocol_options.CopyFrom(_http1(accept_http_10=True))
     mappers = [_own_reply(), *made.local_reply_config.mappers]
@@ -307,6 +397,13 @@ def _connection_manager(world: World, proxy: Proxy, *, scoped: bool) -> Message:
     if scoped:
         made.scoped_routes.scope_key_builder.fragments[0].header_value_extractor.name = _BUCKET_HEADER
         made.http_filters.add(name="bucket", typed_config=protos.pack(_lua(_CHOOSE_BUCKET)))
+    if has_catch_all(proxy):
+        # With buckets, there is no route yet that could switch them on.
+        if not scoped:
+            script = protos.pack(_lua(_NAME_CLUSTER))
+            made.http_filters.add(name=_CLUSTER_NAME, typed_config=script, disabled=True)
+        find = protos.pack(protos.SetFilterState(clear_route_cache=True))
+        made.http_filters.add(name=_FIND_CLUSTER, typed_config=find, disabled=not scoped)
     made.http_filters.extend(filters[:-1])
     made.http_filters.add(name=_CLEANER, typed_config=protos.pack(protos.HeaderMutationFilter()))
     made.http_filters.append(filters[-1])
@@ -375,9 +472,7 @@ def _dns(world: World, proxy: Proxy, table: RouteTable) -> Message:
 
 def _virtual_domains(world: World, proxy: Proxy, table: RouteTable) -> Iterator[dict[str, Any]]:
     providers = world.providers_for(proxy)
-    for host in table.hosts:
-        virtual_host: Any = host.virtual_host
-        name = virtual_host.name
+    for host, name in _named(table):
         provider = providers.get(name)
         resolved = provider is not None and any(address == name for address, _ in provider.spec.addresses)
         if resolved or _has_address(world, name, host.objects[0].namespace):
@@ -390,6 +485,16 @@ def _virtual_domains(world: World, proxy: Proxy, table: RouteTable) -> Iterator[
                     "endpoint": {"address_list": {"address": addresses}},
                     "answer_ttl": _TTL,
                 }
+
+
+def _named(table: RouteTable) -> Iterator[tuple[HostRoutes, str]]:
+    """Return the hosts of objects, and what these call them."""
+    for host in table.hosts:
+        virtual_host: Any = host.virtual_host
+        if host.objects:
+            yield host, virtual_host.name
+    for host in table.plain:
+        yield host, host.names[0]
 
 
 def _has_address(world: World, host: str, namespace: str) -> bool:

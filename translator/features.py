@@ -33,12 +33,19 @@ class Feature(Enum):
         "a failed request is not sent to another one, and of priorities only the first is used",
     )
     """``refresh_cluster_on_retry``: a retry chooses the cluster anew."""
-    FILTER_CHAIN = (1, 39), "the HTTP filter filter_chain", ""
-    """Without: each filter of the policies is a resource of its own (translator.policies)."""
+    FILTER_CHAIN = (
+        (1, 39),
+        "a policy that holds at once (the HTTP filter filter_chain)",
+        "connections that are open go on under the policies of before, ten minutes at most",
+    )
+    """Without: each filter of the policies is a resource of its own, and another number of them is another
+    listener (translator.policies)."""
     METRICS = (1, 39), "metrics of requests (stats_scope of the stats access logger)", "they are not counted"
     TOKEN_LIMITS = (1, 39), "limits of tokens (stats() of Lua)", "it uses as many tokens as it likes"
     LUA_FILTER_STATE = (1, 39), "filterState():set() of Lua, again and again for one key", ""
     """Without: dynamic metadata (translator.older_envoy). 1.38 keeps the first value of a key for ever."""
+    ROUTE_CACHE = (1, 38), "clear_route_cache of the HTTP filter set_filter_state", ""
+    """Without: where traffic is captured, a virtual host for each provider (translator.capture)."""
     CREDENTIAL_PREFIX = (1, 37), "header_value_prefix of injected credentials", ""
     """Without: the secret is the whole header value (translator.secrets)."""
 

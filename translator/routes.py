@@ -5,8 +5,7 @@ to its Gateways, as VirtualServices do in Istio (networking/v1alpha3/gateway.pro
 
 A changed route configuration is made anew by Envoy, all of it. So on a sidecar plain providers, nearly all
 of those without an LLMRoute, have no virtual host of their own: a catch-all virtual host leads to the cluster
-that is named after the request's host, and to add a provider is to add a cluster. Not so where connections
-are captured: there unknown hosts pass through.
+that is named after the request's host, and to add a provider is to add a cluster.
 """
 
 import hashlib
@@ -40,10 +39,10 @@ host, if there is one; a gateway's, which listener it is (translator.scopes). Cl
 LOWER_CASE_HOST = "lower_case_host"
 """Name of a listener's filter that turns the host, and the cluster's name with it, into lower case."""
 
-_PLAIN = "outbound|443||"
+PLAIN = "outbound|443||"
 """What stands before the host in the name of a plain provider's cluster."""
 
-PLAIN_CLUSTER = f"{_PLAIN}%REQ(:authority)%"
+PLAIN_CLUSTER = f"{PLAIN}%REQ(:authority)%"
 """That name in Envoy's substitution format."""
 
 
@@ -95,7 +94,7 @@ class HostRoutes:
             int.from_bytes(hashlib.sha256(main.encode()).digest()[:8]),
             removes,
             tuple(dict.fromkeys(key for target in leads_to for key in target.provider.secrets)),
-            tuple(name.removeprefix(_PLAIN) for name in clusters if name.startswith(_PLAIN)),
+            tuple(name.removeprefix(PLAIN) for name in clusters if name.startswith(PLAIN)),
         )
 
 
@@ -134,7 +133,9 @@ class RouteTable:
 
 def has_catch_all(proxy: Proxy) -> bool:
     """Whether the routes of a proxy have a catch-all virtual host, unless an LLMRoute takes all hosts."""
-    return proxy.type is ProxyType.SIDECAR and not proxy.captures
+    if proxy.type is not ProxyType.SIDECAR:
+        return False
+    return not proxy.captures or proxy.supports(Feature.ROUTE_CACHE)
 
 
 def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = None) -> RouteTable:
@@ -351,7 +352,7 @@ class _Maker:
 
     def _made(self, provider: LLMProvider, names: _Names) -> HostRoutes:
         target, limit = Destination.of(provider), body_limit([provider])
-        is_plain = names.all == (provider.spec.host,) and target.cluster_name == _PLAIN + names.main
+        is_plain = names.all == (provider.spec.host,) and target.cluster_name == PLAIN + names.main
         if self.catch_all is not None and is_plain and not limit:
             made = self.catch_all
         else:

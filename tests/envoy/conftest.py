@@ -3,11 +3,9 @@
 A module's tests share one lab (starting one takes a second); each test applies its own objects.
 """
 
-import http.client
 import itertools
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from llmplane.certificates import CertificateAuthority
 from llmplane.fakellm import FakeLLM, Host, SeenRequest, running_in_thread
 from llmplane.local import LocalGateway, LocalMesh
 from tests.support.client import ProxyClient
-from tests.support.envoy import has
+from tests.support.envoy import ask_admin, has
 
 DASHSCOPE = "dashscope.aliyuncs.com"
 MOONSHOT = "api.moonshot.cn"
@@ -93,14 +91,7 @@ class Lab:
     def envoy_admin(self, path: str, workload: str = "sleep", *, method: str = "GET") -> str:
         """Ask an Envoy's admin interface, which is a Unix socket."""
         (address,) = self.mesh.directory.glob(f"llmplane-*/{workload}.*/admin.sock")
-        connection = http.client.HTTPConnection("envoy-admin")
-        connection.sock = socket.socket(socket.AF_UNIX)
-        try:
-            connection.sock.connect(str(address))
-            connection.request(method, path)
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        return ask_admin(address, path, method=method)
 
 
 _numbers = itertools.cycle(range(1, 255))

@@ -1,16 +1,14 @@
 """Envoys with all kinds of credentials: one kind gets configuration (tests/unit/test_auth.py: the rules)."""
 
-import http.client
 import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from llmplane.fakellm import FakeLLM, Host, running_in_thread
 from llmplane.local import LocalMesh, end, free_port
 from tests.envoy.conftest import DASHSCOPE, KEYS, own_address
 from tests.support.client import ProxyClient
+from tests.support.envoy import ask_admin
 from tests.support.identities import MeshCA, Pair
 from tests.support.objects import provider
 from tests.support.wait import eventually
@@ -103,14 +102,7 @@ def secure_lab() -> Iterator[SecureLab]:
 def admin(directory: Path, path: str) -> str:
     """Ask the admin interface of the one Envoy that has its files below a directory."""
     (address,) = directory.glob("llmplane-*/*/admin.sock")
-    connection = http.client.HTTPConnection("envoy-admin")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    try:
-        connection.sock.connect(str(address))
-        connection.request("GET", path)
-        return connection.getresponse().read().decode()
-    finally:
-        connection.close()
+    return ask_admin(address, path)
 
 
 def test_a_proxy_with_certificate_and_token_is_configured_and_serves(secure_lab: SecureLab) -> None:
@@ -176,7 +168,13 @@ def test_every_other_proxy_gets_nothing(secure_lab: SecureLab, wrong: str) -> No
             env={**os.environ, "XDG_RUNTIME_DIR": directory},
         )
         try:
-            eventually(lambda: list(Path(directory).glob("llmplane-*/*/admin.sock")))
+
+            def is_up() -> bool:  # it is bound before it is listened on
+                with suppress(OSError, ValueError):
+                    return bool(admin(Path(directory), "/stats?filter=xds-grpc"))
+                return False
+
+            eventually(is_up)
 
             def stats() -> dict[str, int]:
                 lines = admin(Path(directory), "/stats?filter=update_success|xds-grpc.upstream_cx_total")

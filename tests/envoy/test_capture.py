@@ -31,6 +31,7 @@ from llmplane.local import LocalMesh
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT
 from tests.support.client import MESSAGES
 from tests.support.dns import DnsServer, running_dns_server
+from tests.support.envoy import ask_admin
 from tests.support.netns import Namespace, join, namespaces, why_not
 from tests.support.objects import backends, provider, rate_limit, route
 from tests.support.serving import serving_tcp
@@ -161,6 +162,18 @@ class CaptureLab:
             while not got.endswith(b"end") and (chunk := connection.recv(65536)):
                 got += chunk
         return Exchange(b"".join(self.origin.got[before:]), got)
+
+    def is_answered(self, host: str) -> bool:
+        """Say whether a host is served, and does not pass through to where nobody listens."""
+        done = self.curl("--include", f"http://{host}/")
+        return "content-type: text/plain" not in done.stdout
+
+    def reloads(self) -> dict[str, int]:
+        """Return how often Envoy took each route configuration of captured traffic over."""
+        text = ask_admin(self.mesh.directory / "admin.sock", r"/stats?filter=\.rds\.captured.*config_reload$")
+        found = {name: int(number) for name, number in re.findall(r"(\S+): (\d+)", text)}
+        assert found, text
+        return found
 
     def query(self, name: str, *types: int) -> dict[int, tuple[int, int]]:
         """Ask the pod's name server, all types from one port; return code and number of answers of each."""
@@ -376,6 +389,75 @@ def test_who_connects_to_the_capture_port_itself_is_sent_away(lab: CaptureLab) -
             assert connection.recv(1) == b""
 
 
+# Providers that no LLMRoute names
+
+
+MANY = [
+    route(f"host-{number}", f"host-{number}.example", {"backendRefs": backends(DASHSCOPE)})
+    for number in range(THRESHOLD + MARGIN + 1)
+]
+both_forms = pytest.mark.parametrize("others", [[], MANY], ids=["few", "many"])
+
+
+@pytest.mark.needs(Feature.ROUTE_CACHE)
+@both_forms
+def test_a_provider_comes_and_goes_and_no_route_changes(changing_lab: CaptureLab, others: list[str]) -> None:
+    lab, ask = changing_lab, (f"http://{MOONSHOT}/", "--header", "Connection: close")
+    qwen = provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE])
+    lab.apply(qwen, *others)
+    before = lab.reloads()
+    assert not lab.is_answered(MOONSHOT)
+    lab.apply(qwen, provider("moonshot", MOONSHOT, key=KEYS[MOONSHOT], model="kimi"), *others)
+    eventually(lambda: lab.ask(*ask) == "kimi")
+    lab.apply(qwen, *others)
+    eventually(lambda: not lab.is_answered(MOONSHOT))
+    assert lab.reloads() == before
+
+
+@both_forms
+def test_what_no_llmroute_names_is_a_provider_or_passes(changing_lab: CaptureLab, others: list[str]) -> None:
+    lab = changing_lab
+    hidden = provider("istio-system/moonshot", MOONSHOT, key=KEYS[MOONSHOT], exportTo=["."])
+    lab.apply(
+        provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE], model="qwen"),
+        hidden,
+        route("istio-system/kimi", "kimi.example", {"backendRefs": backends(MOONSHOT)}),
+        *others,
+    )
+    names = (DASHSCOPE, f"{DASHSCOPE}:80", f"{DASHSCOPE}.", f"{DASHSCOPE.title()}.:80", DASHSCOPE.upper())
+    for host in names:
+        assert lab.ask("http://10.99.0.99/", "--header", f"Host: {host}") == "qwen", host
+    assert {seen.host for seen in lab.fake.seen} == {DASHSCOPE}
+    assert not [name for seen in lab.fake.seen for name, _ in seen.headers if name.startswith("x-envoy")]
+    lab.fake.forget()
+    # No LLMRoute of this namespace, a cluster all the same.
+    for host in (MOONSHOT, MOONSHOT.title(), f"{MOONSHOT}.:80", "nobody.example", "[::1]:80"):
+        request = b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\nX-Envoy-LLMPlane-Routes: a\r\n\r\n"
+        passed = request.replace(b"X-Envoy-LLMPlane-Routes: a\r\n", b"")
+        assert lab.exchange(request, ANSWER) == (passed, ANSWER), host
+    assert not lab.fake.seen
+    body = lab.mesh.directory / "body.json"
+    body.write_bytes(MESSAGES.replace(b"Hi", b"x" * 3_000_000))  # more than what Envoy buffers by default
+    done = lab.curl(
+        f"http://{DASHSCOPE}/", "--header", "Content-Type: application/json", "--data", f"@{body}"
+    )
+    assert json.loads(done.stdout)["model"] == "qwen"
+
+
+@both_forms
+def test_an_upgrade_passes_and_no_provider_gets_one(changing_lab: CaptureLab, others: list[str]) -> None:
+    lab = changing_lab
+    lab.apply(provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE]), *others)
+    upgrade = b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+    switching = b"HTTP/1.1 101 Switching Protocols\r\n" + upgrade + b"Date: now\r\n\r\nend"
+    request = b"GET /chat HTTP/1.1\r\nHost: other.example\r\n" + upgrade + b"\r\n"
+    assert lab.exchange(request, switching) == (request, switching)
+    refused = lab.curl("-i", f"http://{DASHSCOPE}/", "-H", "Upgrade: websocket", "-H", "Connection: Upgrade")
+    assert refused.stdout.startswith("HTTP/1.1 405")
+    assert "unsupported_request" in refused.stdout
+    assert not lab.fake.seen
+
+
 @pytest.mark.needs(Feature.METRICS)
 def test_metrics_tell_what_was_captured_and_what_passed_through(lab: CaptureLab) -> None:
     assert lab.ask(f"http://{DASHSCOPE}/") == "qwen-1.8b-chat"
@@ -409,7 +491,7 @@ def test_more_than_a_thousand_hosts(changing_lab: CaptureLab) -> None:
 @pytest.mark.needs(Feature.TOKEN_LIMITS)
 @pytest.mark.parametrize("count", [0, THRESHOLD + MARGIN + 1], ids=["few", "many"])
 def test_limits_are_for_llm_hosts(changing_lab: CaptureLab, count: int) -> None:
-    limit = {"keys": [{"attribute": "Workload"}], "rules": [{"limits": [{"tokens": 100, "unit": "Minute"}]}]}
+    limit = {"keys": [{"attribute": "Workload"}], "rules": [{"limits": [{"tokens": 100, "unit": "Hour"}]}]}
     changing_lab.apply(
         provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE]),
         *(

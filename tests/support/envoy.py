@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import subprocess
 import tempfile
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from llmplane.envoy import find_envoy
 from translator.features import Feature, read_version
 
-_START_SECONDS = 30
+_START_SECONDS = 60
 
 
 @cache
@@ -32,6 +33,18 @@ def has(feature: Feature) -> bool:
     return version is None or version >= feature.since
 
 
+def ask_admin(address: Path, path: str, *, method: str = "GET") -> str:
+    """Ask the admin interface of an Envoy, a Unix socket. Raises OSError if it does not answer."""
+    connection = http.client.HTTPConnection("envoy-admin")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    try:
+        connection.sock.connect(str(address))
+        connection.request(method, path)
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
 @dataclass(frozen=True)
 class Envoy:
     """A running Envoy."""
@@ -42,7 +55,7 @@ class Envoy:
 
     def admin(self, path: str, method: str = "GET") -> bytes:
         """Return the body of an admin page. Raises OSError if Envoy does not answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.admin_port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin_port, timeout=60)
         try:
             connection.request(method, path)
             return connection.getresponse().read()
@@ -82,7 +95,7 @@ def running_envoy(bootstrap: Mapping[str, Any], *arguments: str) -> Iterator[Env
         finally:
             process.terminate()
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -38,7 +38,8 @@ def virtual_names(of: World, proxy: Proxy = SIDECAR) -> set[str]:
 
 
 def many(count: int) -> World:
-    names = (f"host-{number}.example.com" for number in range(count - 1))
+    """Return a world with so many virtual hosts: one for each LLMRoute, none for the provider."""
+    names = (f"host-{number}.example.com" for number in range(count))
     rule = {"backendRefs": backends(LLM)}
     routes = (route(name.partition(".")[0], name, rule) for name in names)
     return world(provider("p", LLM), *routes, mesh=MeshSettings())

@@ -108,9 +108,17 @@ def test_what_is_below_a_wildcard_is_the_llmroutes(host: str, plain: list[str]) 
         assert clusters_of(table, name) == {f"outbound|443||{A}"}
 
 
-def test_with_captured_connections_each_provider_has_a_virtual_host() -> None:
-    """Other hosts pass through there."""
-    captures = Proxy(ProxyType.SIDECAR, "default", "sleep", captures=True)
+def test_where_connections_are_captured_a_provider_changes_no_route_either() -> None:
+    """Though other hosts pass through there."""
+    captures = Proxy(ProxyType.SIDECAR, "default", "sleep", captures=True, captures_dns=True)
+    translator = Translator()
+    before = translator.translate(world(provider("a", A)), captures)
+    after = translator.translate(world(provider("a", A), provider("b", B)), captures)
+    assert changed(before, after) == {(CDS, f"outbound|443||{B}")}
+
+
+def test_where_connections_are_captured_by_an_older_envoy_each_provider_has_a_virtual_host() -> None:
+    captures = Proxy(ProxyType.SIDECAR, "default", "sleep", captures=True, version=(1, 37))
     table = table_of(provider("a", A), provider("b", B), proxy=captures)
     assert hosts_of(table) == ([A, B], [])
     assert [host.domains for host in table.routes.virtual_hosts] == [[A], [B]]  # type: ignore[attr-defined]
