@@ -18,6 +18,7 @@ from translator import (
     telemetry,
 )
 from translator.backends import backend_cluster
+from translator.captured_routes import captured_routes
 from translator.certificates import workload_certificates
 from translator.clusters import Destination, cluster
 from translator.features import Feature
@@ -234,7 +235,7 @@ class Translator:
         if with_scopes:
             yield from scopes.scoped_routes(table, self._memory)
         if proxy.captures:
-            yield from capture.routes(table, self._memory, with_scopes=with_scopes)
+            yield from captured_routes(table, self._memory, with_scopes=with_scopes)
 
     def _cluster(self, world: World, target: Destination, proxy: Proxy, *, has_certificate: bool) -> Resource:
         def make() -> Resource:

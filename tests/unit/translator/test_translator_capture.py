@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.objects import backends, provider, route, world
-from translator.capture import bucket
+from translator.captured_routes import bucket
 from translator.proxy import Proxy, ProxyType
 from translator.scopes import MARGIN, THRESHOLD
 from translator.translate import Translation, Translator
