@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from xds.group import ORIGIN, Point, Response
+from xds.group import NOTHING, ORIGIN, Point, Response
 from xds.names import members_of
 from xds.resources import ECDS, WILDCARD_TYPES, Resource
 from xds.snapshot import EMPTY, ResourceSet
@@ -78,7 +78,7 @@ class DeltaSubscription(Subscription):
         self._forget_refusals()
         while self._isolated:
             point = self.point if self.point is not ORIGIN else phase.newest
-            changes = self._differences(self._isolated.pop(0), point, phase)
+            changes = self._differences(self._next_isolated(), point, phase)
             if changes:
                 return self._send(changes, phase)
         new = self._part(phase.target[self.type_url])
@@ -103,7 +103,7 @@ class DeltaSubscription(Subscription):
             self.point = phase.target
             self._tip = new
             self._more = False
-            self._dirty.clear()
+            self._dirty = NOTHING
             if shared is not None:
                 return self._await(shared)
         if changes or due:
@@ -115,7 +115,7 @@ class DeltaSubscription(Subscription):
 
     def _subscribe_to_all(self) -> None:
         if self.wildcard:
-            self.forced.update(dict.fromkeys(self._tip))
+            self._force(self._tip)
         self.wildcard = True
         self.unanswered = True
         # What is covered now was not examined so far.
@@ -135,20 +135,19 @@ class DeltaSubscription(Subscription):
         if names == self.names:
             names = self.names  # the texts that others have as well
         asked = self._expand(names) | members_of(names & self.names.globs, reported)
-        self.forced.update(dict.fromkeys(asked - reported.keys()))
+        self._force(asked - reported.keys())
 
     def _unsubscribe(self, names: frozenset[str]) -> None:
         globs = names & self.names.globs
         members = names | members_of(globs, {*self.held.own, *self._tip} if globs else ())
         self.names = self._group.names(self.type_url, self.names - names)
         self._detach()
-        for member in members:
-            if self._relevant(member):
-                # The client cannot know whether another subscription covers it: it is told.
-                self.forced[member] = None
-            else:
-                self.held.drop(member)
-                self.forced.pop(member, None)
+        gone = frozenset(member for member in members if not self._relevant(member))
+        self.held.drop(gone)
+        # The client cannot know whether another subscription covers the others: it is told.
+        self.forced = {
+            name: None for name in (*self.forced, *(members - gone)) if name not in gone
+        } or NOTHING
 
     def _detach(self) -> None:
         """Note that what is unanswered brings the client to no set that others have as well."""
@@ -165,9 +164,9 @@ class DeltaSubscription(Subscription):
                 own[name] = Resource.unknown(self.type_url, name, version)
         self.live = True
         self.renew_at = -math.inf  # it is not known for how long the client can wait
-        self.held.base, self.held.own = base, own
+        self.held.base, self.held.own = base, own or NOTHING
         self._tip = base
-        self._dirty.update(dict.fromkeys(own))
+        self._dirty = {**self._dirty, **dict.fromkeys(own)} or NOTHING
         if self.wildcard:
             self._group.report(self.type_url, base, own)
 
@@ -185,7 +184,7 @@ class DeltaSubscription(Subscription):
                 changes[name] = resource
             if size >= PIECE and len(self.pending) < MAX_PIECES:
                 break
-        self.forced = dict.fromkeys(names)
+        self.forced = dict.fromkeys(names) or NOTHING
         return changes
 
     def _piece(self, goal: ResourceSet, phase: Phase) -> ResourceSet:
@@ -210,7 +209,7 @@ class DeltaSubscription(Subscription):
         changed = new.changed(self._tip)
         if not self.forced.keys() <= changed or not changed.isdisjoint(self._tip):
             return False
-        self.forced.clear()
+        self.forced = NOTHING
         return True
 
     def _plain(self) -> bool:
@@ -235,7 +234,8 @@ class DeltaSubscription(Subscription):
                 return None
             response = self._encode({name: new.get(name) for name in sorted(names)}, phase.target)
             phase.target.shared[key] = response
-            self._group.keep(response)
+            if self.point in (ORIGIN, phase.target):
+                self._group.keep(phase.target, response)
         if response.removes and (phase.target.incomplete or phase.removable < phase.target.sequence):
             return None
         adds = any(name not in old for name in response.changes)

@@ -15,10 +15,11 @@ accepts that very version after all; a proxy that refuses what others accept is 
 No I/O and no clock in here.
 """
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Final, Protocol
+from types import MappingProxyType
+from typing import Final, Never, Protocol
 from weakref import WeakValueDictionary
 
 from xds.names import Names
@@ -27,6 +28,9 @@ from xds.snapshot import EMPTY, ResourceSet, Snapshot
 
 MAX_DETAIL: Final = 1024
 """Characters of an Envoy's error text that are kept."""
+
+NOTHING: Final[Mapping[str, Never]] = MappingProxyType({})
+"""What most streams have most of the time, in many respects; one for all."""
 
 RECENT: Final = 32 << 20
 """Bytes of responses that are kept for proxies that come one after the other."""
@@ -77,21 +81,27 @@ def nonce_of(number: int) -> str:
 
 
 class Recent:
-    """The newest responses that take proxies from one set to another, of all groups.
+    """Responses for proxies to come, of all groups: those of their newest points.
 
-    Others live only until the last client answered them: what a client asks for can be anything.
+    Others live only until the last client answered them: what a client asks for can be anything, and what
+    takes clients from one point to the next is of no use to those that come later.
     """
 
     def __init__(self) -> None:
-        self._responses: deque[Response] = deque()
+        self._responses: dict[int, list[Response]] = {}
+        """By the sequence of the point that they are for."""
         self._size = 0
 
-    def keep(self, response: Response) -> None:
-        """Keep a response; the oldest are let go."""
-        self._responses.append(response)
+    def keep(self, sequence: int, response: Response) -> None:
+        """Keep a response; if that is too much, all that is of the oldest points is let go."""
+        self._responses.setdefault(sequence, []).append(response)
         self._size += _size(response)
         while self._size > RECENT:
-            self._size -= _size(self._responses.popleft())
+            self.forget(next(iter(self._responses)))
+
+    def forget(self, sequence: int) -> None:
+        """Let go what is of this point."""
+        self._size -= sum(map(_size, self._responses.pop(sequence, ())))
 
 
 def _size(response: Response) -> int:
@@ -132,7 +142,7 @@ class Holding:
 
     def __init__(self) -> None:
         self.base: ResourceSet = EMPTY
-        self.own: dict[str, Resource | None] = {}
+        self.own: Mapping[str, Resource | None] = NOTHING
 
     def get(self, name: str) -> Resource | None:
         """Return what the client has under that name."""
@@ -143,25 +153,27 @@ class Holding:
         yield from (name for name in self.base if name not in self.own)
         yield from (name for name, resource in self.own.items() if resource is not None)
 
-    def drop(self, name: str) -> None:
-        """Note that the client has nothing under that name."""
-        if name in self.base:
-            self.own[name] = None
-        else:
-            self.own.pop(name, None)
+    def update(self, changes: Mapping[str, Resource | None]) -> None:
+        """Note that the client has these (None: nothing)."""
+        self.own = {**self.own, **changes}
+
+    def drop(self, names: AbstractSet[str]) -> None:
+        """Note that the client has nothing under these names."""
+        own = {name: resource for name, resource in self.own.items() if name not in names}
+        own.update((name, None) for name in names if name in self.base)
+        self.own = own or NOTHING
 
     def rebase(self, base: ResourceSet) -> None:
         """Express the same holding in terms of another set."""
-        own, get = self.own, base.get
-        for name in base.changed(self.base):
-            own.setdefault(name, self.base.get(name))
+        own = {**{name: self.base.get(name) for name in base.changed(self.base)}, **self.own}
+        get = base.get
         self.base = base
-        # Most are the very same object. A new dictionary, since one that was large stays large.
+        # Most are the very same object.
         self.own = {
             name: resource
             for name, resource in own.items()
             if resource is not (other := get(name)) and resource != other
-        }
+        } or NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +277,7 @@ class Group:
             if last is None and self._archive is not None:
                 last = self._archive.get(refused)
             if last is not None:
-                good.own[refusal.name] = last
+                good.update({refusal.name: last})
         if last is not None and self._archive is not None:
             self._archive.put(refused, last)
         self.refusals[refusal.type_url, refusal.name] = refusal
@@ -277,7 +289,7 @@ class Group:
             return
         response.accepted = True
         good = self._good_of(type_url)
-        good.own.update(response.changes)
+        good.update(response.changes)
         lifted = [
             key
             for key, refusal in self.refusals.items()
@@ -294,8 +306,9 @@ class Group:
         """Note that a proxy came with the resources of `base` except `exceptions`: they are good."""
         good = self._good_of(type_url)
         good.rebase(base)
-        for name in [name for name in good.own if name in base and name not in exceptions]:
-            del good.own[name]
+        good.own = {
+            name: resource for name, resource in good.own.items() if name not in base or name in exceptions
+        } or NOTHING
 
     def encode_delta(
         self,
@@ -331,9 +344,14 @@ class Group:
         parts.append(encode_field(6, self._control_plane))
         return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
 
-    def keep(self, response: Response) -> None:
+    def keep(self, point: Point, response: Response) -> None:
         """Keep a response for proxies to come; it should name nothing but what there is."""
-        self._recent.keep(response)
+        if point is self.point:
+            self._recent.keep(point.sequence, response)
+
+    def forget(self) -> None:
+        """Let go what is kept for proxies to come."""
+        self._recent.forget(self.point.sequence)
 
     def names(self, type_url: str, names: Iterable[str]) -> Names:
         """Return these names as one object for all clients, made of the strings of the resources.
@@ -370,6 +388,7 @@ class Group:
             or incomplete is not self.point.incomplete
             or any(self.point[type_url] is not new for type_url, new in sets.items())
         ):
+            self.forget()
             self.point = Point(next(self._numbers), sets, incomplete=incomplete)
             for wake in self.wakers:
                 wake()

@@ -34,12 +34,11 @@ class Observer:
 class Progress:
     """How one stream follows the changes."""
 
-    __slots__ = ("_changed_at", "_since")
+    __slots__ = ("_changed_at",)
 
     def __init__(self) -> None:
         self._changed_at: float | None = None
         """When the first change that is not acknowledged yet began (`time.monotonic`)."""
-        self._since: dict[str, tuple[State, float]] = {}
 
     def begin(self, changed_at: float) -> None:
         """Note that there is a change, which began at that time (`time.monotonic`)."""
@@ -51,22 +50,15 @@ class Progress:
     ) -> float | None:
         """Note the states; return seconds since the change that is acknowledged now, if there is one."""
         worst = State.SYNCED
-        for type_url, subscription in subscriptions.items():
+        for subscription in subscriptions.values():
             state = state_of(subscription, group)
-            if state is not self._state(type_url):
+            if state != subscription.noted:
                 late = state is State.STALE and self._changed_at is not None
                 ago = time.monotonic() - self._changed_at if late and self._changed_at is not None else 0.0
-                self._since[type_url] = (state, time.time() - ago)
+                subscription.noted, subscription.noted_at = state, time.time() - ago
             if state is not State.SYNCED:
                 worst = State.NACK if State.NACK in (state, worst) else State.STALE
         if worst is State.STALE or self._changed_at is None:
             return None
         seconds, self._changed_at = time.monotonic() - self._changed_at, None
         return seconds if worst is State.SYNCED else None
-
-    def since(self, type_url: str) -> float:
-        """Return since when a type is in the state that was noted last (seconds since the epoch)."""
-        return self._since[type_url][1]
-
-    def _state(self, type_url: str) -> State | None:
-        return self._since[type_url][0] if type_url in self._since else None

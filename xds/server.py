@@ -12,10 +12,11 @@ import math
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 import grpc
 import structlog
@@ -24,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from xds import protos
 from xds.delta import DeltaSubscription
-from xds.group import Archive, Group, Recent, Refusal
+from xds.group import NOTHING, Archive, Group, Recent, Refusal
 from xds.nack import nack_text
 from xds.observer import Observer, Progress
 from xds.resources import CDS, ECDS, EDS, LDS, PUSH_ORDER, RDS, SDS, SRDS, Resource
@@ -80,6 +81,8 @@ OPTIONS: Final = (
 WRAPS: Final = "xds.config.resource-in-sotw"
 """The client feature without which state of the world has no times to live."""
 
+_WRAPPING: Final = partial(SotwSubscription, wraps=True)
+
 RECHECK: Final = 1.0
 """Seconds until a change of who may get what is noticed."""
 
@@ -90,7 +93,7 @@ WRITE_GRACE: Final = 0.2
 """Seconds that a write may take when its stream ends; a client that does not read would keep it for ever."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Node:
     """Who a proxy says it is (`envoy.config.core.v3.Node`), as far as somebody asked for it."""
 
@@ -99,8 +102,8 @@ class Node:
     metadata: dict[str, Any]
     version: str
     """Envoy's version, `1.40.0`; empty if the client does not say."""
-    features: frozenset[str] = frozenset()
-    """What the client says that it can (`client_features`)."""
+    wraps: bool = False
+    """The client knows resources that are wrapped into a `Resource` (`client_features`)."""
 
 
 class NodeRejected(Exception):  # noqa: N818 - it is no error of this program
@@ -216,6 +219,8 @@ class ManagementServer:
         self._numbers: Iterator[int] = count(1)
         self._recent = Recent()
         self._groups: dict[Hashable, Group] = {}
+        self._latest: WeakValueDictionary[Hashable, Node] = WeakValueDictionary()
+        """The proxy of each group that came last."""
         self._connections: set[_Connection] = set()
         self._ready = False
         self._stopping = False
@@ -278,7 +283,7 @@ class ManagementServer:
     def forget(self, key: Hashable) -> None:
         """Forget what is known of a group without proxies: what they accepted and what they refused."""
         if key in self._groups and not self._groups[key].wakers:
-            del self._groups[key]
+            self._groups.pop(key).forget()
 
     def proxies(self) -> list[ProxyStatus]:
         """Return the state of each stream, ordered by node id."""
@@ -377,6 +382,14 @@ class ManagementServer:
         self._connections.add(connection)
         return group
 
+    def share(self, key: Hashable, node: Node) -> Node:
+        """Return the node with the metadata of the one before it in its group, if both say the same."""
+        latest = self._latest.get(key)
+        if latest is not None and latest.metadata == node.metadata:
+            node = replace(node, metadata=latest.metadata)
+        self._latest[key] = node
+        return node
+
     def leave(self, connection: "_Connection", group: Group) -> None:
         """Take a stream out of its group."""
         group.wakers.discard(connection.begin)
@@ -437,7 +450,8 @@ class _Connection:
             tuple(name.decode(errors="replace") for name in names.get("peer_dns", ())),
             b"".join((*names.get("x509_pem_cert", ()), *names.get("x509_pem_cert_chain", ()))),
         )
-        self._metadata = dict(context.invocation_metadata() or ()) if server.authenticates else {}
+        metadata = context.invocation_metadata() if server.authenticates else None
+        self._metadata = dict(metadata) if metadata else NOTHING
         self.revision: object = None
         """Of the credentials by which it was let in."""
         self.identity: object = None
@@ -502,7 +516,7 @@ class _Connection:
         self._reader = reader
         try:
             async with asyncio.timeout(FIRST_REQUEST):
-                request = await self._read()
+                request = self._request(await self._context.read())
         except TimeoutError:
             raise _Closed(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came") from None
         if request is None:
@@ -516,17 +530,18 @@ class _Connection:
             log.warning("proxy rejected", node=self._node.id, peer=self._peer, reason=str(rejected))
             self._server.observer.node_rejected(rejected.status.name)
             raise _Closed(rejected.status, str(rejected)) from None
+        self._node = self._server.share(group.key, self._node)
         if self._delta:
             self._stream = Stream(group, self._node.id, DeltaSubscription)
         else:
-            kind = partial(SotwSubscription, wraps=WRAPS in self._node.features)
+            kind = _WRAPPING if self._node.wraps else SotwSubscription
             self._stream = Stream(group, self._node.id, kind)
         log.info("proxy connected", node=self._node.id, peer=self._peer, delta=self._delta)
         try:
             while request is not None:
                 self._take_in(request)
                 del request  # Envoy's node message alone has 61 KB
-                request = await self._read()
+                request = self._request(await self._context.read())
         except asyncio.CancelledError:
             why, self._why = self._why, None
             if why is None or reader.uncancel():
@@ -564,9 +579,8 @@ class _Connection:
             writer.cancel()
         await asyncio.gather(writer, return_exceptions=True)
 
-    async def _read(self) -> Any:
-        """Return the next request, None at the end. Raises _Closed."""
-        data = await self._context.read()
+    def _request(self, data: Any) -> Any:
+        """Return the request that was read, None at the end. Raises _Closed."""
         if not isinstance(data, bytes):  # grpc.aio.EOF
             return None
         message = protos.DeltaDiscoveryRequest if self._delta else protos.DiscoveryRequest
@@ -668,7 +682,7 @@ class _Connection:
             connected_since=self._since,
             peer=self._peer,
             types={
-                type_url: type_status(subscription, self._stream.group, self._progress.since(type_url))
+                type_url: type_status(subscription, self._stream.group)
                 for type_url, subscription in self._stream.subscriptions.items()
             },
         )
@@ -686,7 +700,7 @@ def _node(request: Any) -> Node:
         cluster=sys.intern(node.cluster),
         metadata=_interned(json_format.MessageToDict(node.metadata)) if node.HasField("metadata") else {},
         version=sys.intern(f"{version.major_number}.{version.minor_number}.{version.patch}") if known else "",
-        features=frozenset(map(sys.intern, node.client_features)),
+        wraps=WRAPS in node.client_features,
     )
 
 

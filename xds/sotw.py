@@ -26,10 +26,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from xds.group import ORIGIN, Group, Point, Response
+from xds.group import NOTHING, ORIGIN, Group, Point, Response
 from xds.resources import WILDCARD_TYPES, Resource, is_glob
 from xds.snapshot import EMPTY, ResourceSet
 from xds.subscription import (
+    Deferral,
     LastError,
     Pending,
     Phase,
@@ -98,7 +99,7 @@ class SotwSubscription(Subscription):
         if self._isolated and self.pending:
             return None
         while self._isolated:
-            changes = self._differences(self._isolated.pop(0), self.point, phase)
+            changes = self._differences(self._next_isolated(), self.point, phase)
             if changes:
                 return (
                     self._send_set(self.held.base.replace(changes), phase)
@@ -124,7 +125,7 @@ class SotwSubscription(Subscription):
             return True
         if nonce == self.nonce:
             # Envoy answers only the latest of several responses that came while it was busy.
-            earlier, self.pending = self.pending, []
+            earlier, self.pending = self.pending, ()
             for superseded in earlier:
                 self._accept(superseded)
         self._accept(pending)
@@ -147,13 +148,12 @@ class SotwSubscription(Subscription):
         if begins:
             self.unanswered = True
             self._tip = EMPTY
-        self.forced.update(dict.fromkeys(self._expand(added or (named if again and not removed else ()))))
-        if not wildcard:
+        self._force(self._expand(added or (named if again and not removed else ())))
+        if removed and not wildcard:
             if any(map(is_glob, removed)):
                 removed = frozenset(name for name in self.held if not self._relevant(name))
-            for name in removed:
-                self.held.drop(name)
-                self.forced.pop(name, None)
+            self.held.drop(removed)
+            self.forced = dict.fromkeys(name for name in self.forced if name not in removed) or NOTHING
 
     def _narrow(self) -> None:
         """Forget what the client has of names that it does not want any more."""
@@ -194,12 +194,11 @@ class SotwSubscription(Subscription):
         """Return the set that the client should have now."""
         sent = self._sent_set
         other: dict[str, Resource | None] = {}
+        deferred = dict(self.deferred)
         for name in resources.changed(sent) if self.wildcard else sent:
-            if name in resources:
-                self.deferred.pop(name, None)
-            elif name in sent and not self._removes(name, phase):
+            if name not in resources and name in sent and not self._removes(name, phase, deferred):
                 other[name] = sent[name]
-        self.deferred = {name: deferral for name, deferral in self.deferred.items() if name in other}
+        self.deferred = {name: each for name, each in deferred.items() if name in other} or NOTHING
         for name in resources.held:
             other[name] = self._wanted(name, phase.target)
         for name in self.refused:
@@ -221,7 +220,8 @@ class SotwSubscription(Subscription):
             frames = self._frames(want.values())
             response = self._group.encode_sotw(self.type_url, want.version, frames, changes)
             phase.target.shared[key] = response
-            self._group.keep(response)
+            if not sent:
+                self._group.keep(phase.target, response)
         adds = any(name not in sent for name in response.changes)
         return self._await(Pending(response, phase.target.sequence, target=want, adds=adds))
 
@@ -253,7 +253,7 @@ class SotwSubscription(Subscription):
             self._isolated_at = (
                 min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
             )
-            self._isolated[:0] = split(suspects, parts)
+            self._isolated = (*split(suspects, parts), *self._isolated)
 
     # Parts, of types whose responses need not be complete.
 
@@ -261,7 +261,7 @@ class SotwSubscription(Subscription):
         changes: dict[str, Resource | None] = {
             name: resource for name, resource in self._answer(self.forced, phase) if resource is not None
         }
-        self.forced.clear()
+        self.forced = NOTHING
         due = False
         if phase.target is not ORIGIN:
             new = self._part(phase.target[self.type_url])
@@ -274,8 +274,8 @@ class SotwSubscription(Subscription):
         self._settle()
         return None
 
-    def _removes(self, name: str, phase: Phase) -> bool:
-        return self._full and super()._removes(name, phase)
+    def _removes(self, name: str, phase: Phase, deferred: dict[str, Deferral]) -> bool:
+        return self._full and super()._removes(name, phase, deferred)
 
     def _encode(self, changes: Mapping[str, Resource | None], point: Point) -> Response:
         frames = self._frames(resource for resource in changes.values() if resource is not None)

@@ -83,13 +83,13 @@ def state_of(subscription: DeltaSubscription | SotwSubscription, group: Group) -
     return State.SYNCED
 
 
-def type_status(subscription: DeltaSubscription | SotwSubscription, group: Group, since: float) -> TypeStatus:
-    """Describe one subscription, which is in its state since then."""
+def type_status(subscription: DeltaSubscription | SotwSubscription, group: Group) -> TypeStatus:
+    """Describe one subscription, whose state is noted."""
     state = state_of(subscription, group)
     sent = subscription.point[subscription.type_url].version if subscription.point is not ORIGIN else ""
     return TypeStatus(
         state=state,
-        since=since,
+        since=subscription.noted_at,
         version=group.point[subscription.type_url].version,
         sent=sent,
         acknowledged=sent if state is State.SYNCED else subscription.accepted_version,

@@ -41,7 +41,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from xds.group import ORIGIN, Group, Holding, Point, Refusal, Response, nonce_of
+from xds.group import NOTHING, ORIGIN, Group, Holding, Point, Refusal, Response, nonce_of
 from xds.names import NONE, Names, members_of
 from xds.resources import ECDS, REFERRING_TYPES, Resource, glob_of
 from xds.snapshot import EMPTY, ResourceSet
@@ -144,6 +144,8 @@ class Subscription:
         "last_error",
         "live",
         "names",
+        "noted",
+        "noted_at",
         "pending",
         "point",
         "refused",
@@ -160,27 +162,31 @@ class Subscription:
         self.wildcard = False
         self.names: Names = NONE
         self.held = Holding()
-        self.pending: list[Pending] = []
+        self.pending: tuple[Pending, ...] = ()
         self.point: Point = ORIGIN
         """The point that the client was last brought to."""
         self.live = False
         """The client has configuration of this type that is in use."""
         self.waiting_since: float | None = None
         """Since when changes of this type wait for `Phase.target`."""
-        self.deferred: dict[str, Deferral] = {}
-        self.kept: dict[str, None] = {}
+        self.deferred: Mapping[str, Deferral] = NOTHING
+        self.kept: Mapping[str, None] = NOTHING
         """Names that were left alone because of an incomplete snapshot."""
         self.renew_at: float | None = None
         """When what has a time to live is renewed; None: the client has nothing of that kind."""
-        self.refused: dict[str, Refusal] = {}
+        self.refused: Mapping[str, Refusal] = NOTHING
         self.refused_at = math.inf
         """The sequence of the oldest point of which something is refused."""
         self.last_error: LastError | None = None
+        self.noted = ""
+        """The state in which it was last seen (`xds.observer`)."""
+        self.noted_at = 0.0
+        """When it got into that state, seconds since the epoch."""
         self.accepted_nonce = ""
         """Of the response that was accepted last."""
         self.accepted_version = ""
         """Of all resources of the type, in that response."""
-        self.forced: dict[str, None] = {}
+        self.forced: Mapping[str, None] = NOTHING
         """Names to be answered whatever the client has."""
         self.unanswered = False
         """A response is due, even if it is empty."""
@@ -191,11 +197,11 @@ class Subscription:
         """Of the latest response."""
         self._tip: ResourceSet = EMPTY
         """The set that was last examined for changes."""
-        self._dirty: dict[str, None] = {}
+        self._dirty: Mapping[str, None] = NOTHING
         """Names to examine in addition to what changed since `_tip`."""
         self._more = False
         """What was sent last was a piece, and the others are to follow."""
-        self._isolated: list[list[str]] = []
+        self._isolated: tuple[list[str], ...] = ()
         """Members of refused responses, in parts that are to be sent on their own."""
         self._isolated_at = math.inf
         """The sequence of the oldest point that `_isolated` belongs to."""
@@ -258,7 +264,10 @@ class Subscription:
         Envoy 1.40 does not ask again for the endpoints of a changed cluster in the delta variant, and the
         cluster, with the ACK of CDS, waits 15 s for them (envoy#33607, envoy#13009).
         """
-        self.forced.update((name, None) for name in names if self._relevant(name))
+        self._force(name for name in names if self._relevant(name))
+
+    def _force(self, names: Iterable[str]) -> None:
+        self.forced = {**self.forced, **dict.fromkeys(names)} or NOTHING
 
     def _relevant(self, name: str) -> bool:
         return self.wildcard or self.names.cover(name)
@@ -306,49 +315,53 @@ class Subscription:
         resources = phase.target[self.type_url]
         get = resources.get
         plain = not (self.refused or resources.held or phase.target.incomplete)
+        kept = dict(self.kept)
         for name in names:
             resource = get(name) if plain else self._wanted(name, phase.target)
             if resource is None:
                 resource = self._wanted(name, phase.newest)
             if resource is None and phase.newest.incomplete and self.sent(name) is not None:
-                self.kept[name] = None
+                kept[name] = None
+                self.kept = kept
             elif resource is None or resource.delta_frame:
                 yield name, resource
 
     def _differences(self, names: Iterable[str], point: Point, phase: Phase) -> dict[str, Resource | None]:
         """Return what is to be sent of these names, so that the client has what it should have."""
         differences: dict[str, Resource | None] = {}
+        deferred, kept = dict(self.deferred), dict(self.kept)
         for name in names:
-            self.kept.pop(name, None)
+            kept.pop(name, None)
             if not self._relevant(name):
-                self.deferred.pop(name, None)
+                deferred.pop(name, None)
                 continue
             wanted = self._wanted(name, point)
             if wanted is not None:
-                self.deferred.pop(name, None)
+                deferred.pop(name, None)
                 if wanted.delta_frame and wanted != self.sent(name):
                     differences[name] = wanted
                 elif self._is_left(name, point):
-                    self.kept[name] = None
+                    kept[name] = None
             elif self.sent(name) is None:
-                self.deferred.pop(name, None)
-            elif self._removes(name, phase):
+                deferred.pop(name, None)
+            elif self._removes(name, phase, deferred):
                 differences[name] = None
             elif phase.target.incomplete:
-                self.kept[name] = None
+                kept[name] = None
+        self.deferred, self.kept = deferred or NOTHING, kept or NOTHING
         return differences
 
-    def _removes(self, name: str, phase: Phase) -> bool:
-        """Whether to remove a resource now; if not, the removal is deferred."""
+    def _removes(self, name: str, phase: Phase, deferred: dict[str, Deferral]) -> bool:
+        """Whether to remove a resource now; if not, the removal is put into `deferred`."""
         if self.type_url == ECDS or phase.target.incomplete:
             # Envoy drops the filter configuration of a listener that still wants it (envoy#32823).
-            self.deferred.pop(name, None)
+            deferred.pop(name, None)
             return False
-        deferral = self.deferred.get(name) or Deferral(phase.target.sequence, phase.now)
+        deferral = deferred.get(name) or Deferral(phase.target.sequence, phase.now)
         if phase.may_remove(deferral):
-            self.deferred.pop(name, None)
+            deferred.pop(name, None)
             return True
-        self.deferred[name] = deferral
+        deferred[name] = deferral
         return False
 
     # Sending.
@@ -375,14 +388,14 @@ class Subscription:
     def _await(self, pending: Pending) -> Response:
         """Note that a response is sent."""
         self._number = pending.response.number
-        self.pending.append(pending)
+        self.pending = (*self.pending, pending)
         if len(self.pending) > MAX_PENDING:
             # The nonce of the oldest is forgotten; the answer to the next counts for both.
-            first, second = self.pending[:2]
+            first, second, *others = self.pending
             changes = {**first.response.changes, **second.response.changes}
             number, version = second.response.number, second.response.version
             merged = Response(b"", number, changes, type_url=self.type_url, version=version)
-            self.pending[:2] = [Pending(merged, first.sequence, target=second.target, excused=True)]
+            self.pending = (Pending(merged, first.sequence, target=second.target, excused=True), *others)
         return pending.response
 
     def heartbeat(self, now: float) -> Response | None:
@@ -424,7 +437,8 @@ class Subscription:
     def _take(self, nonce: str) -> Pending | None:
         for index, pending in enumerate(self.pending):
             if pending.response.nonce == nonce:
-                return self.pending.pop(index)
+                self.pending = (*self.pending[:index], *self.pending[index + 1 :])
+                return pending
         return None
 
     def _accept(self, pending: Pending) -> None:
@@ -441,9 +455,9 @@ class Subscription:
         if pending.target is not None and pending.origin is self.held.base and not self.held.own:
             self.held.base = pending.target
         elif self.wildcard or changes.keys() <= self.names:
-            self.held.own.update(changes)
+            self.held.update(changes)
         else:
-            self.held.own.update((name, changes[name]) for name in self.names.covered(changes.keys()))
+            self.held.update({name: changes[name] for name in self.names.covered(changes.keys())})
 
     def _reject(self, pending: Pending, detail: str, wall_time: float, parts: int) -> None:
         """Roll back a refused response (NACK); send its members again in so many parts."""
@@ -452,9 +466,9 @@ class Subscription:
         self.last_error = LastError(detail, tuple(members[:10]), wall_time)
         if not members:
             # A removal cannot be at fault. Sending it again would loop.
-            self.held.own.update(dict.fromkeys(removed))
+            self.held.update(dict.fromkeys(removed))
             return
-        self._dirty.update(dict.fromkeys(removed))
+        self._dirty = {**self._dirty, **dict.fromkeys(removed)} or NOTHING
         if len(members) == 1:
             resource = pending.response.changes[members[0]]
             assert resource is not None  # noqa: S101 - by the definition of members
@@ -463,19 +477,27 @@ class Subscription:
             self._isolated_at = (
                 min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
             )
-            self._isolated.extend(split(members, parts))
+            self._isolated = (*self._isolated, *split(members, parts))
+
+    def _next_isolated(self) -> list[str]:
+        """Take the next part of what was refused."""
+        first, *others = self._isolated
+        self._isolated = tuple(others)
+        return first
 
     def _refuse(self, resource: Resource, detail: str, sequence: int, wall_time: float) -> None:
         self.refused_at = min(self.refused_at, sequence) if self.refused else sequence
-        self.refused[resource.name] = Refusal(
+        refusal = Refusal(
             self._group.key, self.type_url, resource.name, resource.version, detail, wall_time, self._node_id
         )
-        self._group.refuse(self.refused[resource.name], self.held.get(resource.name))
+        self.refused = {**self.refused, resource.name: refusal}
+        self._group.refuse(refusal, self.held.get(resource.name))
 
     def _forget_refusals(self) -> None:
         """Forget what was refused of content that has changed since."""
-        for name in [name for name, refusal in self.refused.items() if not self._group.stands(refusal)]:
-            del self.refused[name]
+        if self.refused:
+            stands = self._group.stands
+            self.refused = {name: each for name, each in self.refused.items() if stands(each)} or NOTHING
 
 
 def split(names: list[str], parts: int) -> list[list[str]]:

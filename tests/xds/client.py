@@ -19,6 +19,7 @@ from itertools import count
 from typing import Any
 
 import grpc
+from grpc._cython import cygrpc
 
 from xds import protos
 from xds.resources import CDS, ECDS, EDS, LDS, RDS, SDS, SRDS, Resource
@@ -29,7 +30,7 @@ ALL_TYPES = (CDS, EDS, LDS, SRDS, RDS, SDS, ECDS)
 FULL_TYPES = (CDS, LDS, SRDS)
 """Types that a client gets all of, and in state of the world always all of."""
 NAMED_TYPES = (EDS, RDS, SDS, ECDS)
-TIMEOUT = 20
+TIMEOUT = 60
 """Seconds after which a conversation counts as stuck."""
 
 _MESSAGES = {
@@ -82,6 +83,23 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110 - as the docstring says
             await asyncio.sleep(0.01)
+
+
+async def write(call: Any, data: bytes) -> None:
+    """Send bytes. A stream that ended does not take them; that shows when something is expected of it.
+
+    call.write would put INTERNAL in the place of the server's status, if the stream ended while it is under
+    way (seen with grpcio 1.85).
+    """
+    with suppress(grpc.aio.AioRpcError, cygrpc.InternalError):
+        await call.wait_for_connection()
+        await call._cython_call.send_serialized_message(data)
+
+
+async def how_it_ended(call: Any) -> tuple[grpc.StatusCode, str]:
+    """Wait until the server ends a stream; return status and text."""
+    async with asyncio.timeout(TIMEOUT):
+        return await call.code(), await call.details()
 
 
 @dataclass(frozen=True)
@@ -171,13 +189,13 @@ class Proxy:
         if self._node is not None:
             request.node.CopyFrom(self._node)
             self._node = None
-        await self.call.write(request.SerializeToString())
+        await write(self.call, request.SerializeToString())
 
     async def receive(self) -> Answer:
         """Return the next response."""
         async with asyncio.timeout(TIMEOUT):
             data = await self.call.read()
-        assert isinstance(data, bytes), f"the server ended the stream: {await self.call.details()}"
+        assert isinstance(data, bytes), f"the server ended the stream: {await how_it_ended(self.call)}"
         return self._decode(data)
 
     def _decode(self, data: bytes) -> Answer:
@@ -211,7 +229,7 @@ class Proxy:
             with suppress(grpc.aio.AioRpcError):
                 while isinstance(await self.call.read(), bytes):
                     pass
-            return await self.call.code(), await self.call.details()
+        return await how_it_ended(self.call)
 
 
 class Delta(Proxy):

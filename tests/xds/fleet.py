@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import grpc
 
-from tests.xds.client import TIMEOUT
+from tests.xds.client import TIMEOUT, how_it_ended, write
 from xds import protos
 from xds.resources import CDS, LDS, RDS, SDS
 from xds.server import AGGREGATED
@@ -52,12 +52,12 @@ class Member:
                 request = self._first(type_url)
                 if number == 0:
                     request.node.CopyFrom(self.node)
-                await call.write(request.SerializeToString())
+                await write(call, request.SerializeToString())
             async for data in call:
                 take = self._take_delta if self.delta else self._take_sotw
-                await call.write(take(data).SerializeToString())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            self.end = await call.code()
+                await write(call, take(data).SerializeToString())
+        except grpc.aio.AioRpcError:
+            self.end, _ = await how_it_ended(call)
 
     def _first(self, type_url: str) -> Any:
         names, has = self.wants[type_url], self.has.setdefault(type_url, {})

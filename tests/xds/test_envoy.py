@@ -209,7 +209,7 @@ async def test_endpoints_of_a_changed_cluster_are_there_at_once(world: World, ap
             for timeout in (6, 7, 8):
                 await eventually(lambda: synced(world))
                 world.publish(listener(), routes("a"), eds_cluster("a", timeout), load)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await eventually(lambda: synced(world))
             assert (await asyncio.to_thread(envoy.stats, "cluster.a.init_fetch_timeout")).popitem()[1] == 0
             assert await (await session.get(url)).text() == "one"
@@ -276,7 +276,7 @@ async def test_X4_cluster_with_a_time_to_live_stays_while_the_server_is_there(
 ) -> None:
     """And goes when it is not: nobody says so to Envoy."""
     async with upstream("one") as one:
-        mortal = cluster("a", one, ttl=timedelta(seconds=0.5))
+        mortal = cluster("a", one, ttl=timedelta(seconds=2))
         world.publish(listener(), routes("a"), mortal, cluster("b", one))
         started = bootstrap(world.port, api_type)
         started["node"]["client_features"] = [WRAPS]  # without it, state of the world has no times to live
@@ -284,7 +284,7 @@ async def test_X4_cluster_with_a_time_to_live_stays_while_the_server_is_there(
             await eventually(lambda: synced(world))
             renewals = Pushes()
             world.server.observer = renewals
-            await eventually(lambda: renewals.of[CDS] >= 6)
+            await eventually(lambda: renewals.of[CDS] >= 4)
             counters = "cluster_manager.cluster_(added|modified|removed)$"
             stats = await asyncio.to_thread(envoy.stats, counters)
             assert list(stats.values()) == [3, 0, 0], stats

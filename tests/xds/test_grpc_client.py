@@ -24,7 +24,7 @@ with grpc.insecure_channel("xds:///service.test") as channel:
     call = channel.unary_unary("/test/Which")
     for _ in sys.stdin:
         try:
-            answer = call(b"", wait_for_ready=True, timeout=10).decode()
+            answer = call(b"", wait_for_ready=True, timeout=60).decode()
         except grpc.RpcError as error:
             answer = error.code().name
         print(answer, flush=True)

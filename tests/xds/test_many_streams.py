@@ -71,7 +71,7 @@ async def test_X10_a_thousand_proxies_come_back_after_a_restart_and_are_not_sent
 async def test_X7_proxies_that_do_not_read_or_are_cut_off_delay_none_of_two_hundred() -> None:
     """Ten never read what grows to megabytes for them, ten vanish without a word."""
     world = World()
-    world.server = ManagementServer(world, identifier="test", keepalive_time=1, keepalive_timeout=1)
+    world.server = ManagementServer(world, identifier="test", keepalive_time=1, keepalive_timeout=3)
     world.port = await world.server.start("127.0.0.1:0")
     world.server.ready()
     world.publish(*CONTENT)

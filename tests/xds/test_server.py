@@ -11,7 +11,7 @@ from weakref import WeakSet
 import grpc
 import pytest
 
-from tests.xds.client import TIMEOUT, Proxy, World, eventually, resource, resources
+from tests.xds.client import TIMEOUT, Proxy, World, eventually, resource, resources, write
 from tests.xds.wire import running_wire
 from xds import protos, server
 from xds.resources import CDS, ECDS, EDS, LDS, PUSH_ORDER, RDS, SDS, Resource
@@ -273,7 +273,7 @@ async def test_garbage_ends_its_stream_only(world: World, method: str) -> None:
         await good.expect(CDS, {})
         for number, garbage in enumerate([b"\xff\xff\xff", b"\x0a\x7f", os.urandom(64) + b"\x0a\xff", b""]):
             async with world.delta(method=method) as bad:
-                await bad.call.write(garbage)
+                await write(bad.call, garbage)
                 status, _ = await bad.expect_end()
                 assert status is grpc.StatusCode.INVALID_ARGUMENT
             await goes_on(world, good, number + 1)
@@ -316,7 +316,7 @@ async def test_of_a_request_that_ends_its_stream_nothing_is_kept(
         for requests in ([garbage], [good, garbage]):
             async with world.delta(method=method) as bad:
                 for request in requests:
-                    await bad.call.write(request)
+                    await write(bad.call, request)
                 assert (await bad.expect_end())[0] is grpc.StatusCode.INVALID_ARGUMENT
         await eventually(lambda: not known)
     finally:
@@ -343,9 +343,8 @@ async def test_wrong_nonces_and_unasked_answers_are_ignored(world: World, method
             for error in (None, "nothing was wrong"):
                 await proxy.request(CDS, nonce=nonce or "-", error=error)
                 await proxy.request(EDS, ["a"], nonce=nonce or "-", error=error)
-        if delta:
-            for _ in range(8):
-                await proxy.expect(EDS, {}, removed=["a"])
+                if delta:
+                    await proxy.expect(EDS, {}, removed=["a"])
         await proxy.expect_nothing()
         assert world.server.refusals() == []
         await goes_on(world, proxy, 2)
@@ -384,7 +383,7 @@ async def test_X7_client_that_never_reads_delays_nobody(world: World, variant: s
 @pytest.mark.parametrize("variant", ["delta", "sotw"])
 async def test_X9_half_open_client_delays_nobody_and_is_dropped(variant: str, unread: int) -> None:
     world = World()
-    world.server = ManagementServer(world, identifier="test", keepalive_time=1, keepalive_timeout=1)
+    world.server = ManagementServer(world, identifier="test", keepalive_time=1, keepalive_timeout=3)
     world.port = await world.server.start("127.0.0.1:0")
     world.server.ready()
     behind = World()

@@ -876,15 +876,36 @@ def test_proxies_that_come_one_after_the_other_are_sent_the_same_bytes(variant: 
 
 def test_what_is_kept_for_proxies_to_come_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "RECENT", 10_000)
-    group = routed("a")
-    proxy = DeltaProxy(group)
+    numbers, recent = count(1), Recent()
     responses = []
-    for content in range(100, 200):
-        publish(proxy, resource(CDS, "a", content))
-        assert proxy.read()
-        responses.append(weakref.ref(proxy.received[-1][1]))
-        proxy.exchange()
+    for key in range(100):
+        snapshot = Snapshot([resource(CDS, "a")])
+        proxy = DeltaProxy(Group(key, snapshot, identifier="test", numbers=numbers, recent=recent))
+        responses.append(next_of(proxy))
     assert 0 < sum(response() is not None for response in responses) < 10
+
+
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_only_what_brings_proxies_to_the_newest_point_is_kept(variant: type[DeltaProxy]) -> None:
+    proxy = variant(group_of(resource(CDS, "a")))
+    first = next_of(proxy)
+    assert first() is not None
+    publish(proxy, resource(CDS, "a", 2))
+    assert first() is None
+    step = next_of(proxy)
+    assert step() is None
+    newcomer = next_of(variant(proxy.group))
+    assert newcomer() is not None
+    proxy.group.forget()
+    assert newcomer() is None
+
+
+def next_of(proxy: DeltaProxy) -> weakref.ref[Response]:
+    """Let a proxy take and accept all that there is; return the first response."""
+    assert proxy.read()
+    response = weakref.ref(proxy.received[-1][1])
+    proxy.exchange()
+    return response
 
 
 @pytest.mark.usefixtures("small_pieces")
