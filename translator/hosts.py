@@ -1,5 +1,8 @@
 """Host names as Kubernetes' DNS knows them."""
 
+SERVICE_PART = ".svc"
+"""What follows a Service's name and namespace in the longer forms of its DNS name."""
+
 
 def service_name(host: str, namespace: str, domain: str) -> tuple[str, str] | None:
     """Read ``host`` as a Service: (name, namespace), or None where it is an external host.
@@ -9,7 +12,7 @@ def service_name(host: str, namespace: str, domain: str) -> tuple[str, str] | No
     """
     if "." not in host:
         return (host, namespace) if host != "*" and ":" not in host else None
-    parts = host.removesuffix(f".svc.{domain}").removesuffix(".svc")
+    parts = host.removesuffix(f"{SERVICE_PART}.{domain}").removesuffix(SERVICE_PART)
     if parts == host or parts.count(".") != 1:
         return None
     name, _, of = parts.partition(".")
@@ -31,8 +34,17 @@ def domains(host: str, namespace: str, client_namespace: str, domain: str) -> li
     if service is None:
         return [authority(host)]
     name, of = service
-    forms = [f"{name}.{of}", f"{name}.{of}.svc", f"{name}.{of}.svc.{domain}"]
+    full = f"{name}.{of}"
+    forms = [full, f"{full}{SERVICE_PART}", f"{full}{SERVICE_PART}.{domain}"]
     return [name, *forms] if of == client_namespace else forms
+
+
+def scope_key(name: str) -> str:
+    """Return what the names of a Service have in common but for the bare one: NAME.NAMESPACE.
+
+    It is what Envoy finds in the host (translator.listeners), so it is the same of all other hosts.
+    """
+    return name.partition(SERVICE_PART)[0]
 
 
 def stat_name(cluster_name: str) -> str:

@@ -11,6 +11,7 @@ from translator import api_keys, observability, policies
 from translator.certificates import server_context
 from translator.errors import local_reply_config
 from translator.gateways import GatewayListener
+from translator.hosts import SERVICE_PART
 from translator.proxy import Proxy, ProxyType
 from translator.routes import LOWER_CASE_HOST, PLAIN_CLUSTER, ROUTES_HEADER, has_catch_all
 from translator.world import World
@@ -169,12 +170,12 @@ def _early_mutations(world: World, proxy: Proxy, routes: str, *, scoped: bool) -
 
 
 def _scoped_routes(name: str, proxy: Proxy) -> dict[str, Any]:
-    headers = [":authority", *([ROUTES_HEADER] if proxy.type is ProxyType.ROUTER else [])]
+    keys: list[dict[str, Any]] = [{"name": ":authority", "element_separator": SERVICE_PART, "index": 0}]
+    if proxy.type is ProxyType.ROUTER:
+        keys.append({"name": ROUTES_HEADER, "index": 0})
     return {
         "name": name,
-        "scope_key_builder": {
-            "fragments": [{"header_value_extractor": {"name": header, "index": 0}} for header in headers],
-        },
+        "scope_key_builder": {"fragments": [{"header_value_extractor": key} for key in keys]},
         "rds_config_source": _ADS,
         "scoped_rds": {"scoped_rds_config_source": _ADS},
     }

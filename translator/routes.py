@@ -25,7 +25,7 @@ from translator.backends import Backend
 from translator.clusters import Destination
 from translator.features import Feature
 from translator.gateways import Chain, intersection
-from translator.hosts import authority, domains, service_name
+from translator.hosts import SERVICE_PART, authority, domains, scope_key, service_name
 from translator.memory import Memory
 from translator.proxy import Proxy, ProxyType
 from translator.rules import NOT_FORWARDED, Rules, Targets, applies, body_limit, sending
@@ -59,6 +59,8 @@ class HostRoutes:
     objects: tuple[ObjectKey, ...]
     place: int
     """A hash of the host, 64 bits."""
+    bucket: int
+    """The same for all hosts that have a scope in common (translator.scopes)."""
     removes: bool
     """Whether its routes themselves remove the headers that are not forwarded."""
     secrets: tuple[ObjectKey, ...]
@@ -70,28 +72,25 @@ class HostRoutes:
     def of(
         cls,
         virtual_host: Any,
-        main: str,
+        names: "_Names",
         destinations: Iterable[Destination],
         backends: Iterable[Backend],
         objects: Iterable[ObjectKey],
         *,
         removes: bool,
-        names: Iterable[str] | None = None,
     ) -> Self:
-        """Put them together; ``main`` is the name of the host that is the same for all clients.
-
-        ``names`` are the virtual host's domains if not given.
-        """
+        """Put them together."""
         leads_to, services = tuple(destinations), tuple(backends)
         clusters = [target.cluster_name for target in leads_to]
         clusters += [service.cluster_name for service in services]
         return cls(
             virtual_host,
-            tuple(virtual_host.domains if names is None else names),
+            names.all,
             leads_to,
             services,
             tuple(objects),
-            int.from_bytes(hashlib.sha256(main.encode()).digest()[:8]),
+            _hash(names.main),
+            _hash(names.bucket),
             removes,
             tuple(dict.fromkeys(key for target in leads_to for key in target.provider.secrets)),
             tuple(name.removeprefix(PLAIN) for name in clusters if name.startswith(PLAIN)),
@@ -221,8 +220,10 @@ def gateway_route_table(world: World, proxy: Proxy, chain: Chain, memory: Memory
         maker.on_gateway(main, tuple(of), by_age, redirect=redirect)
         for (main, by_age, redirect), of in groups.items()
     ]
-    if chain.others:
-        made.append(maker.of_other_connections(chain.others))
+    others: defaultdict[str, list[str]] = defaultdict(list)
+    for name in chain.others:
+        others[scope_key(name)].append(name)
+    made += [maker.of_other_connections(key, tuple(of)) for key, of in others.items()]
     has_wildcards = any(name.startswith("*") for name in names)
     can_be_scoped = proxy.supports(Feature.SCOPED_ROUTES)
     return RouteTable(chain.routes, tuple(made), can_be_scoped, has_wildcards, listener=chain.routes)
@@ -245,16 +246,34 @@ class _Names(NamedTuple):
     all: tuple[str, ...]
     main: str
     """The one that is the same for all clients, whichever others there are."""
+    bucket: str
+    """What the number of their bucket is a hash of."""
 
     @classmethod
     def of(cls, host: str, namespace: str, world: World, proxy: Proxy) -> Self:
         """Return all names by which a client beside a proxy may call a host of an object's namespace."""
         names = domains(host, namespace, proxy.namespace, world.mesh.cluster_domain)
-        return cls(tuple(names), names[-1].removesuffix(f".svc.{world.mesh.cluster_domain}"))
+        main = names[-1].removesuffix(f"{SERVICE_PART}.{world.mesh.cluster_domain}")
+        return cls(tuple(names), main, cls._bucket(main, proxy))
 
     def without(self, taken: AbstractSet[str]) -> "_Names":
         """Return those that no other object has."""
         return self._replace(all=tuple(name for name in self.all if name not in taken))
+
+    @classmethod
+    def of_one(cls, name: str, proxy: Proxy) -> Self:
+        """Return a name that an object of any namespace has in common with no other one."""
+        return cls((name,), name, cls._bucket(name, proxy))
+
+    @staticmethod
+    def _bucket(name: str, proxy: Proxy) -> str:
+        key = scope_key(name)
+        # `chat.svc.example.com` has the scope of the bare name of a Service.
+        return key if "." in key else f"{key}.{proxy.namespace}"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 class _Circumstances(NamedTuple):
@@ -297,7 +316,7 @@ class _Maker:
             rules = self._rules(route, circumstances)
             made = self._virtual_host(route.spec.host, names.all, rules.routes)
             return HostRoutes.of(
-                made, names.main, rules.destinations, rules.backends, (route.key,), removes=self._removes
+                made, names, rules.destinations, rules.backends, (route.key,), removes=self._removes
             )
 
         return self._memory.recall((id(route), names, *circumstances.key), (route, circumstances), make)
@@ -341,7 +360,7 @@ class _Maker:
         """Make what is the same for proxies of all namespaces, or None where these count."""
         domain = self._world.mesh.cluster_domain
         is_service = service_name(provider.spec.host, self._proxy.namespace, domain) is not None
-        if is_service or not provider.is_exported_to_all:
+        if is_service or "." not in scope_key(provider.spec.host) or not provider.is_exported_to_all:
             return None
         return self._made(provider, self._names(provider))
 
@@ -358,9 +377,7 @@ class _Maker:
         else:
             route = self._default_route({"cluster": target.cluster_name}, **limit)
             made = self._virtual_host(provider.spec.host, names.all, [route])
-        return HostRoutes.of(
-            made, names.main, (target,), (), (provider.key,), removes=self._removes, names=names.all
-        )
+        return HostRoutes.of(made, names, (target,), (), (provider.key,), removes=self._removes)
 
     def _default_route(
         self, destination: Mapping[str, Any], headers: Sequence[Mapping[str, Any]] = (), **more: Any
@@ -390,12 +407,13 @@ class _Maker:
         It would lead to a cluster that is there for LLMRoutes alone: of a Service, or of a provider that is
         not exported to the proxy's namespace.
         """
+        names = _Names.of_one(host, self._proxy)
 
         def make() -> HostRoutes:
             made = protos.VirtualHost(name=host, domains=[host])
-            return HostRoutes.of(made, host, (), (), (), removes=self._removes)
+            return HostRoutes.of(made, names, (), (), (), removes=self._removes)
 
-        return self._for_all.recall(("nobody", host), None, make)
+        return self._for_all.recall(("nobody", names), None, make)
 
     def on_gateway(
         self, main: str, names: tuple[str, ...], rules: tuple[Rules, ...], *, redirect: bool
@@ -409,7 +427,7 @@ class _Maker:
             made = self._virtual_host(names[0], names, routes, require_tls="ALL" if redirect else "NONE")
             return HostRoutes.of(
                 made,
-                main,
+                _Names(names, main, scope_key(main)),
                 dict.fromkeys(target for of in rules for target in of.destinations),
                 dict.fromkeys(target for of in rules for target in of.backends),
                 (of.route.key for of in rules),
@@ -419,13 +437,13 @@ class _Maker:
         key = ("host", main, names, tuple(map(id, rules)), redirect, id(mesh))
         return self._memory.recall(key, (rules, mesh), make)
 
-    def of_other_connections(self, names: tuple[str, ...]) -> HostRoutes:
+    def of_other_connections(self, key: str, names: tuple[str, ...]) -> HostRoutes:
         """Make the virtual host of names that are served on connections for other TLS server names only."""
         refusal = protos.Route(
             match={"prefix": "/"}, direct_response={"status": HTTPStatus.MISDIRECTED_REQUEST}
         )
-        made = self._virtual_host("misdirected", names, [refusal])
-        return HostRoutes.of(made, names[0], (), (), (), removes=self._removes)
+        made = self._virtual_host(f"misdirected {key}", names, [refusal])
+        return HostRoutes.of(made, _Names(names, names[0], key), (), (), (), removes=self._removes)
 
     def _virtual_host(
         self, name: str, names: Sequence[str], routes: Sequence[Message], **more: Any

@@ -63,9 +63,25 @@ def test_a_host_is_found_by_all_its_names_however_they_are_written(lab: Lab, cou
 @pytest.mark.parametrize("count", [FEW, MANY], ids=["few", "many"])
 def test_an_unknown_host_is_told_so(lab: Lab, count: int) -> None:
     lab.apply(*objects(count, chat()))
-    for host in ("nobody", "NoBody.example.com", "chat.other", "xchat", "[::1]"):
+    similar = ("chat.other", "chat.default.svc.example.com", "chat.svc", "chat.default.svcs", "xchat")
+    for host in ("nobody", "NoBody.example.com", "[::1]", *similar):
         answer = lab.client.request(host)
         assert (answer.status, answer.error["code"]) == (404, "route_not_found"), host
+
+
+@pytest.mark.parametrize("count", [FEW, MANY], ids=["few", "many"])
+def test_hosts_that_begin_like_a_service_are_others(lab: Lab, count: int) -> None:
+    others = ("chat.svc.example.com", "chat.default.svc.example.com", "Chat.default.svcs.example.com")
+    routes = [
+        route(f"other-{n}", host.lower(), {"backendRefs": backends(MOONSHOT)})
+        for n, host in enumerate(others)
+    ]
+    lab.apply(*objects(count, chat(), *routes))
+    assert is_scoped(lab) == (count == MANY)
+    for host in ("chat", "chat.default", "chat.default.svc", "chat.default.svc.cluster.local"):
+        assert lab.client.request(host).json()["model"] == "qwen", host
+    for host in others:
+        assert lab.client.request(host).json()["model"] == "kimi", host
 
 
 @pytest.mark.parametrize("host", ["chat", "CHAT"])

@@ -119,18 +119,71 @@ def test_a_gateway_has_none_of_it() -> None:
 # Scopes and buckets
 
 
-def test_each_name_of_a_host_is_a_scope_whose_bucket_has_it() -> None:
+def test_the_names_of_a_service_are_two_scopes() -> None:
+    """Envoy takes what stands before `.svc` in the host: that is the same for all but the bare name."""
     made = Translator().translate(many(MANY), SIDECAR)
+    (fragment,) = manager(made).scoped_routes.scope_key_builder.fragments
+    extractor = fragment.header_value_extractor
+    assert (extractor.name, extractor.element_separator, extractor.index) == (":authority", ".svc", 0)
     scopes, buckets = decoded(made, SRDS), decoded(made, RDS)
-    assert {"host-1", "host-1.default", "host-1.default.svc", "host-1.default.svc.cluster.local", A} <= set(
-        scopes
-    )
+    assert {name for name in scopes if name.startswith("host-1.") or name == "host-1"} == {
+        "host-1",
+        "host-1.default",
+    }
     for name, scope in scopes.items():
         assert [fragment.string_key for fragment in scope.key.fragments] == [name] == [scope.name]
         domain = "*" if name in {A, B} else name
         bucket = buckets[scope.route_configuration_name]
         assert [host.name for host in bucket.virtual_hosts if domain in host.domains], name
     assert {scope.route_configuration_name for scope in scopes.values()} == buckets.keys()
+
+
+ODD = (
+    "chat.default",
+    "chat.default.svc.example.com",
+    "chat.other.svc.cluster.local",
+    "chat.other.svcs.example.com",
+    "chat.svc",
+    "chat.svc.example.com",
+    "tiny.chat.svc.cluster.local",
+    "x.svc.y.svc.cluster.local",
+    "only.svc.example.com",
+)
+
+
+def test_hosts_that_begin_like_a_service_share_its_scope_and_its_bucket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever object has which of the names: what a host is looked up by leads to where the host is."""
+    monkeypatch.setattr("translator.scopes.THRESHOLD", 0)
+    plain = [f"{first}.svc.example.net" for first in ("chat", "only", "plain", "chat.default")]
+    namespaces = ("default", "other")
+    objects = world(
+        *(provider(f"istio-system/plain-{number}", host) for number, host in enumerate(plain)),
+        *(
+            route(f"{namespace}/odd-{number}", host, {"backendRefs": backends(A)})
+            for namespace in namespaces
+            for number, host in enumerate([*ODD, "chat", "tiny"])
+        ),
+        mesh=MESH,
+    )
+    translator = Translator()
+    for namespace in namespaces:
+        made = translator.translate(objects, Proxy(ProxyType.SIDECAR, namespace, "sleep"))
+        scopes, buckets = decoded(made, SRDS), decoded(made, RDS)
+        del buckets["http_proxy"]
+        leads_to = {name: scope.route_configuration_name for name, scope in scopes.items()}
+        served = {
+            name: bucket
+            for bucket, of in buckets.items()
+            for host in of.virtual_hosts[:-1]
+            for name in host.domains
+        }
+        assert {*ODD, "chat", "tiny"} <= served.keys()
+        assert {name: leads_to[name.partition(".svc")[0]] for name in served} == served
+        for host in plain:
+            bucket = leads_to[host.partition(".svc")[0]]
+            assert buckets[bucket].virtual_hosts[-1].domains == ["*"]
 
 
 def test_the_buckets_hold_the_virtual_hosts_of_the_one_route_configuration() -> None:
@@ -185,7 +238,7 @@ def test_a_new_host_changes_its_bucket_and_adds_its_scopes() -> None:
     after = translator.translate(many(MANY, *routes(["chat"])), SIDECAR)
     names = changed(before, after).keys()
     bucket = decoded(after, SRDS)["chat"].route_configuration_name
-    assert names == {"chat", "chat.default", "chat.default.svc", "chat.default.svc.cluster.local", bucket}
+    assert names == {"chat", "chat.default", bucket}
 
 
 def test_a_new_provider_adds_a_scope_and_changes_no_route_configuration() -> None:
@@ -221,7 +274,7 @@ def test_each_object_is_traced_to_its_bucket_and_scopes() -> None:
     (chat,) = routes(["chat"])
     names = {name for _, name in made.origins[chat.key]}
     bucket = decoded(made, SRDS)["chat"].route_configuration_name
-    assert names == {"chat", "chat.default", "chat.default.svc", "chat.default.svc.cluster.local", bucket}
+    assert names == {"chat", "chat.default", bucket}
 
 
 def test_a_memory_forgets_what_two_states_of_the_world_did_not_ask_for() -> None:

@@ -518,6 +518,26 @@ def test_a_wildcard_does_not_serve_the_names_of_other_tls_servers(
         assert [each.direct_response.status for each in refusal] == [421]
 
 
+def test_hosts_with_a_scope_in_common_are_in_one_bucket(certificate: dict[str, str]) -> None:
+    """Also those that are refused: Envoy may look for what stands before `.svc` (translator.scopes)."""
+    refused = "chat.default.svc.example.com"
+    objects = world(
+        provider("istio-system/llm", LLM),
+        secret("istio-system/one", certificate),
+        gateway("istio-system/gw", https("*.example.com", "*.svc.cluster.local", credentialName="one")),
+        gateway("istio-system/other", https(refused, credentialName="one")),
+        attached("service", "chat.default.svc.cluster.local"),
+        attached("external", "chat.default.svcs.example.com"),
+    )
+    table = gateway_route_table(objects, INGRESS, merge(objects, INGRESS).listeners[0].chains[0])
+    assert {name for host in table.hosts for name in host.names} == {
+        "chat.default.svc.cluster.local",
+        "chat.default.svcs.example.com",
+        refused,
+    }
+    assert len({host.bucket for host in table.hosts}) == 1
+
+
 def test_a_key_of_another_certificate_is_found_out(certificate: dict[str, str]) -> None:
     _, other = CertificateAuthority.create().issue("a.com")
     objects = world(
