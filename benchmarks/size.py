@@ -26,7 +26,7 @@ from xds.resources import CDS, ECDS, LDS, RDS, SDS, SRDS, Resource
 
 _DOMAIN = "example.com"
 _LOCAL_DOMAIN = "localhost"
-_SCRIPT = Path("/run/user/1000/llmplane-1000/sleep.default-127.0.0.1/llm_provider-0123456789abcdef.lua")
+_SCRIPT = Path("/run/user/1000/llmplane-1000/llm_provider-0123456789abcdef.lua")
 """A usual path: it travels with each cluster."""
 _METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 _ROOTS = Path("/etc/ssl/certs/ca-certificates.crt")

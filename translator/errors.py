@@ -61,7 +61,7 @@ def local_reply_config() -> Message:
             ),
             _error(
                 _flags("NC"),
-                "The LLMProvider that this request is routed to does not exist.",
+                "The LLMProvider that this request is routed to does not exist or cannot be used.",
                 "server_error",
                 "provider_not_found",
             ),

@@ -42,10 +42,10 @@ _BEFORE_THE_REQUEST = ("connect-failure", "refused-stream", "reset-before-reques
 _ATTEMPTS_TO_CONNECT = 6
 _CONNECT_BACK_OFF = {
     "base_interval": timedelta(milliseconds=100),
-    "max_interval": timedelta(milliseconds=500),
+    "max_interval": timedelta(seconds=2),
 }
-"""Retries of a provider that is the only one: about a second in all. A changed cluster has only its guard
-endpoint, which refuses at once, until the provider's name is resolved again."""
+"""Retries of a provider that is the only one: some two seconds in all, the first within 100 ms. A new or
+changed cluster has only its guard endpoint, which refuses at once, until the provider's name is resolved."""
 
 _FAILURES = ("connect-failure", "refused-stream", "reset", "retriable-status-codes")
 _FAILURE_STATUSES = (429, 500, 502, 503, 504)
