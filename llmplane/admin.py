@@ -169,6 +169,7 @@ class AdminServer:
         """Show the resources of one proxy (?proxy=<node_id>) as YAML, keys redacted.
 
         They are what it should have; in place of what is in quarantine, the version that was accepted last.
+        The name that `llmplane status` shows is enough.
         """
         node_id = request.query.get("proxy", "")
         resources = self._insight.resources_of(node_id)

@@ -26,6 +26,7 @@ from llmplane.checking import ResourceChecker
 from llmplane.metrics import Figures, Metrics
 from llmplane.problems import problems
 from llmplane.sources.state import SourceState, world_of
+from llmplane.status import short_name
 from translator import policies
 from translator.conditions import Condition, conditions
 from translator.features import OLDEST, version_text
@@ -304,7 +305,7 @@ class ControlPlane:
     def resources_of(self, node_id: str) -> list[Resource] | None:
         """Return the resources that a proxy should have; None if it is not connected."""
         for proxy in self.server.proxies():
-            if proxy.node_id == node_id:
+            if node_id in {proxy.node_id, short_name(proxy.node_id)}:
                 return self.server.resources(proxy.group)
         return None
 

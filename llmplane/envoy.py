@@ -61,18 +61,26 @@ def runtime_directory(name: str) -> Path:
     return directory
 
 
-def lay_down(proxy: ProxySettings, directory: Path) -> Path:
+def lay_down(proxy: ProxySettings, directory: Path, shared: Path | None = None) -> Path:
     """Write the bootstrap, the Lua script and the secrets of a proxy; return the bootstrap's path.
 
-    The script's file is named by its hash: an Envoy of an older version keeps the text that it knows.
+    The script's file is named by its hash: an Envoy of an older version keeps the text that it knows. It is
+    in `shared`, a directory of all proxies: clusters name it, and what stands in for a cluster that one proxy
+    refused does so for another one only if both are named the same (xds.group.Archive).
+
     Raises OSError, also where the path of the admin socket is too long for one.
     """
     if not proxy.admin_port and len(os.fsencode(proxy.admin_socket)) > _LONGEST_SOCKET:
         raise OSError(
             f"{proxy.admin_socket} is too long for a Unix socket: set XDG_RUNTIME_DIR to a shorter path"
         )
-    script = directory / f"llm_provider-{lua.SCRIPT_SHA256[:16]}.lua"
-    script.write_text(lua.SCRIPT, encoding="utf-8")
+    script = (shared or directory) / f"llm_provider-{lua.SCRIPT_SHA256[:16]}.lua"
+    # At once: another Envoy may be reading it.
+    handle, temporary = tempfile.mkstemp(dir=script.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(lua.SCRIPT)
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(script)
     file = directory / "bootstrap.json"
     settings = replace(
         proxy,

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from llmplane.status import StatusUnavailableError, fetch_status
 
 HTTP_PROXY_PORT = 15080
 _OWN_PORTS = (HTTP_PROXY_PORT, STATS_PORT, HEALTH_PORT)
+_PATIENCE = 60.0
+"""Seconds: the machine may be busy with other things."""
 _random = random.SystemRandom()  # processes that were seeded alike must not choose alike
+_claims: deque[int] = deque()
+"""File descriptors that keep others from being given what was given here and is not listened on yet."""
+_MOST_CLAIMS = 64
 
 
 class LocalMeshError(RuntimeError):
@@ -190,7 +196,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
 
     def status(self) -> dict[str, Any]:
         """Return what ``llmplane status --json`` prints."""
-        return fetch_status(self.admin)
+        return fetch_status(self.admin, timeout=_PATIENCE)
 
     def log(self, name: str) -> str:
         """Return the log of ``control-plane``, ``sidecar`` or a gateway's workload."""
@@ -219,7 +225,7 @@ class LocalMesh(AbstractContextManager["LocalMesh"]):
                 process_group=0,  # Ctrl-C in the terminal reaches us, and we end them in order
             )
 
-    def _wait(self, what: str, condition: Any, seconds: float = 30) -> None:
+    def _wait(self, what: str, condition: Any, seconds: float = _PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             for name, process in self._processes():
@@ -247,21 +253,26 @@ def end(process: subprocess.Popen[bytes], seconds: float = 5) -> None:
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a TCP port that nobody listens on, for a server that is yet to start.
 
-    It is none of those that the system gives to outgoing connections (Linux: from 32768 on), else one of them
-    could have it by the time that the server wants it. Raises LocalMeshError if a hundred are taken.
+    No other call, of any process, gets it meanwhile. It is none of those that the system gives to outgoing
+    connections (Linux: from 32768 on), else one of them could have it by the time that the server wants it.
+    Raises LocalMeshError if a hundred are taken.
     """
     for _ in range(100):
         port = _random.randrange(20_000, 32_768)
-        if _is_free(host, port):
+        if _is_free(host, port) and _claim(host, port):
             return port
     raise LocalMeshError(f"{host} has no free port")
 
 
 def free_bind_address() -> str:
-    """Return a loopback address on which a proxy can open its own ports."""
+    """Return a loopback address on which a proxy can open its own ports.
+
+    No other call, of any process, gets it meanwhile: two Envoys would share the ports without a word. Raises
+    LocalMeshError if there is none.
+    """
     for last in range(1, 255):
         address = f"127.0.0.{last}"
-        if all(_is_free(address, port) for port in _OWN_PORTS):
+        if all(_is_free(address, port) for port in _OWN_PORTS) and _claim(address, HTTP_PROXY_PORT):
             return address
     raise LocalMeshError(f"no address in 127.0.0.0/24 has the ports {_OWN_PORTS} free")
 
@@ -273,6 +284,23 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def _claim(host: str, port: int) -> bool:
+    """Take a TCP port that is free, until it is listened on; return whether nobody else did.
+
+    The claim is the UDP port of its number, which no server here wants. It ends with the process or, as by
+    then the port is long listened on, with so many later ones.
+    """
+    with socket.socket(type=socket.SOCK_DGRAM) as claim:
+        try:
+            claim.bind((host, port))
+        except OSError:
+            return False
+        _claims.append(claim.detach())
+    if len(_claims) > _MOST_CLAIMS:
+        os.close(_claims.popleft())
+    return True
 
 
 def _listens(host: str, port: int) -> bool:

@@ -29,10 +29,12 @@ class StatusUnavailableError(RuntimeError):
     """There is no control plane to ask; the text says where it was looked for."""
 
 
-def fetch_status(address: Address, credentials: XdsCredentials | None = None) -> dict[str, Any]:
+def fetch_status(
+    address: Address, credentials: XdsCredentials | None = None, *, timeout: float = 10
+) -> dict[str, Any]:
     """Ask a control plane's admin endpoint, over TLS if the credentials name a CA.
 
-    Raises StatusUnavailableError.
+    Raises StatusUnavailableError, also if it does not answer within `timeout` seconds.
     """
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # never through http_proxy
     request = urllib.request.Request(f"http://{address}/debug/status")
@@ -46,7 +48,7 @@ def fetch_status(address: Address, credentials: XdsCredentials | None = None) ->
         if credentials and credentials.token_file:
             token = credentials.token_file.read_text(encoding="ascii").strip()
             request.add_header("Authorization", f"Bearer {token}")
-        with urllib.request.build_opener(*handlers).open(request, timeout=10) as answer:
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
             status: dict[str, Any] = json.load(answer)
             return status
     except urllib.error.HTTPError as error:
@@ -83,7 +85,7 @@ def format_status(status: Mapping[str, Any]) -> str:
             ["PROXY", "ENVOY", *types.values(), "CONNECTED"],
             [
                 [
-                    _name(p["node_id"]),
+                    short_name(p["node_id"]),
                     p["version"],
                     *(_state(p["types"].get(name), now) for name in types),
                     _ago(p["connected_since"], now),
@@ -94,14 +96,14 @@ def format_status(status: Mapping[str, Any]) -> str:
         ),
     ]
     behind = [
-        f"{_name(p['node_id'])}: {types.get(name, name)} {_state(of, now)}: {reason}"
+        f"{short_name(p['node_id'])}: {types.get(name, name)} {_state(of, now)}: {reason}"
         for p in status["proxies"]
         for name, of in p["types"].items()
         for reason in _reasons(of)
     ]
     if behind:
         parts.append("\n".join(["NOT IN SYNC", *behind]))
-    missing = [f"{_name(p['node_id'])}: {text}" for p in status["proxies"] for text in p["missing"]]
+    missing = [f"{short_name(p['node_id'])}: {text}" for p in status["proxies"] for text in p["missing"]]
     if missing:
         parts.append("\n".join(["TOO OLD FOR", *missing]))
     if status["problems"]:
@@ -109,7 +111,7 @@ def format_status(status: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _name(node_id: str) -> str:
+def short_name(node_id: str) -> str:
     """Return `sleep-4f2a.default` of `sidecar~127.0.0.1~sleep-4f2a.default~default.svc.cluster.local`."""
     parts = node_id.split("~")
     return parts[2] if len(parts) == 4 else node_id  # noqa: PLR2004 - type, address, name, domain

@@ -31,6 +31,10 @@ TESTS = (
     "seeds",
     "tokens",
     "rate_limits",
+    "gateway",
+    "api_keys",
+    "authorization",
+    "fail_closed",
 )
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmplane" / "envoy"
 

@@ -15,6 +15,7 @@ from typing import Any
 from crds.apikeyauthentication import APIKeyAuthentication
 from crds.llmprovider import check_api_key
 from crds.problems import Finding, ObjectKey
+from translator.features import Feature
 from translator.proxy import Proxy
 from translator.world import World
 from xds import protos
@@ -46,6 +47,12 @@ function envoy_on_request(handle)
 end
 """
 """Removes the key wherever it is, and leaves a token in another of the headers to the JWT filter."""
+
+_CLEAR_ROUTE_CACHE = """
+function envoy_on_request(handle)
+  handle:clearRouteCache()
+end
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def filters(world: World, proxy: Proxy, *, with_tokens: bool) -> list[dict[str, 
             }
         ],
         # Routes may look at the header.
-        clear_route_cache=True,
+        clear_route_cache=proxy.supports(Feature.ROUTE_CACHE),
     )
     made = [{"name": _FILTER, "typed_config": protos.pack(check)}]
     if with_tokens:
@@ -91,6 +98,9 @@ def filters(world: World, proxy: Proxy, *, with_tokens: bool) -> list[dict[str, 
         lua = protos.Lua(default_source_code={"inline_string": script})
         made.append({"name": "envoy.filters.http.lua", "typed_config": protos.pack(lua)})
     made.append({"name": "envoy.filters.http.set_filter_state", "typed_config": protos.pack(client)})
+    if not proxy.supports(Feature.ROUTE_CACHE):  # what an older Envoy does not know it skips without a word
+        lua = protos.Lua(default_source_code={"inline_string": _CLEAR_ROUTE_CACHE})
+        made.append({"name": "envoy.filters.http.lua", "typed_config": protos.pack(lua)})
     return made
 
 

@@ -51,16 +51,23 @@ def filters(world: World, proxy: Proxy) -> list[dict[str, Any]]:
 
 def resources(world: World, proxy: Proxy) -> Iterator[tuple[Resource, tuple[ObjectKey, ...]]]:
     """Make what is in these places, each with the policies that it comes from."""
-    others = (*authorization.objects(world, proxy), *authentication.objects(world, proxy))
     objects = {
         API_KEYS: tuple(api_keys.objects(world, proxy)),
-        POLICIES: others,
+        POLICIES: (*authorization.objects(world, proxy), *authentication.objects(world, proxy)),
         **dict.fromkeys((RATE_LIMITS, COUNTS, SERVICES), tuple(rate_limits.objects(world, proxy))),
     }
     for name, config, held in _configs(world, proxy):
         extension = protos.TypedExtensionConfig(name=name, typed_config=config)
         guard = _guard(name) if proxy.supports(Feature.FILTER_CHAIN) else None
         yield Resource.of(extension, held=held, guard=guard), objects[name.partition("/")[0]]
+
+
+def that_change_late(world: World, proxy: Proxy) -> Iterator[ObjectKey]:
+    """Return the policies whose changes an older Envoy brings to new connections only (FILTER_CHAIN)."""
+    if proxy.type is ProxyType.ROUTER and not proxy.supports(Feature.FILTER_CHAIN):
+        yield from api_keys.objects(world, proxy)
+        yield from authorization.objects(world, proxy)
+        yield from authentication.objects(world, proxy)
 
 
 def only_takes_routes_away(

@@ -272,6 +272,8 @@ def _missing(
         newest = replace(proxy, version=None)
         for key in rate_limits.objects(world, newest):
             yield key, [Feature.TOKEN_LIMITS]
+    for key in policies.that_change_late(world, proxy):
+        yield key, [Feature.FILTER_CHAIN]
     if proxy.supports(Feature.FALLBACK):
         return
     served = {key for table in tables for host in table.hosts for key in host.objects}

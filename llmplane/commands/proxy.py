@@ -35,7 +35,7 @@ def proxy_command(kind: str, envoy_args: tuple[str, ...], **settings: Any) -> No
         directory = runtime_directory(name)
         proxy = _proxy_settings(kind, directory / "admin.sock", settings)
         check_files(proxy.credentials, proxy.certificate)
-        file = lay_down(proxy, directory)
+        file = lay_down(proxy, directory, directory.parent)
     except (EnvoyNotFoundError, CredentialsError, OSError) as error:
         raise click.ClickException(str(error)) from None
     arguments = [str(envoy), "-c", str(file), "--use-dynamic-base-id", *envoy_args]

@@ -21,6 +21,7 @@ from tests.support.policies import (
     request_authentication,
 )
 from tests.support.tokens import Issuer
+from translator.features import Feature
 
 ALICE, BOB = "sk-of-alice-0123456789", "sk-of-bob-0123456789"
 CLIENTS = secret(f"{ROOT}/clients", {"alice": ALICE, "bob": BOB})
@@ -179,6 +180,7 @@ def test_a_key_of_two_clients_is_that_of_the_first_and_is_said(gw: Gateway) -> N
     )
 
 
+@pytest.mark.needs(Feature.FILTER_CHAIN)
 def test_keys_change_at_once_and_cut_no_stream(gw: Gateway) -> None:
     """A client with two keys: the old one goes on until it is taken away."""
     gw.lab.fake.set_fault(DASHSCOPE, None)

@@ -13,6 +13,7 @@ from tests.envoy.gateway import Gateway
 from tests.support.client import MESSAGES, GatewayClient
 from tests.support.policies import HOST, authorization_policy, request_authentication
 from tests.support.tokens import Issuer
+from translator.features import Feature
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEED = EXAMPLES / "004-ingress-gateway"
@@ -322,6 +323,7 @@ def test_nobody_can_claim_another_address(gateway: Gateway, claimed: str) -> Non
 # Change
 
 
+@pytest.mark.needs(Feature.FILTER_CHAIN)
 def test_a_change_holds_for_the_next_request_of_a_connection_that_is_open(gateway: Gateway) -> None:
     gateway.apply()
     connection = http.client.HTTPConnection(gateway.address, 80, timeout=30)

@@ -60,8 +60,9 @@ def state_of(lab: Lab, name: str) -> str:
 
 def logged(lab: Lab, event: str) -> list[dict[str, str]]:
     """Return the entries of the control plane's log about an event; one line each."""
-    lines = [json.loads(line) for line in lab.mesh.log("control-plane").splitlines()]
-    return [line for line in lines if line["event"] == event]
+    lines = lab.mesh.log("control-plane").splitlines(keepends=True)
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]  # not one that is being written
+    return [entry for entry in entries if entry["event"] == event]
 
 
 def kill(lab: Lab) -> None:

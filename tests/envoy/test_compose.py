@@ -57,7 +57,7 @@ def values(address: str, query: str) -> dict[tuple[str, ...], float]:
     """Ask Prometheus: the values of its series, by their labels' values."""
     url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=10) as answer:
+    with opener.open(url, timeout=60) as answer:
         series = json.load(answer)["data"]["result"]
     return {tuple(each["metric"].values()): float(each["value"][1]) for each in series}
 

@@ -54,7 +54,7 @@ def test_keep_leaves_it_running_until_ctrl_c_which_ends_everything(tmp_path: Pat
         assert len(children) >= 3, "control plane and two Envoys"
     finally:
         process.send_signal(signal.SIGINT)
-        code = process.wait(30)
+        code = process.wait(60)
     assert code == 130
     assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
 
@@ -76,7 +76,7 @@ def test_a_step_that_shows_something_else_fails_and_says_why(
 def _wait_for(output: Path, text: str) -> str:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        written = output.read_text(encoding="utf-8")
+        written = output.read_text(encoding="utf-8", errors="replace")  # cut off where it was flushed
         if text in written:
             return written
         time.sleep(0.05)

@@ -69,7 +69,7 @@ def gw(gateway_lab: Lab) -> Gateway:
 
 
 def page(gw: Gateway) -> str:
-    with urllib.request.urlopen(f"http://{gw.address}:15090/stats/prometheus", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{gw.address}:15090/stats/prometheus", timeout=60) as answer:
         return str(answer.read().decode())
 
 

@@ -103,7 +103,7 @@ def test_a_certificate_is_replaced_while_connections_go_on(tls: TlsLab) -> None:
     gw = gateway("istio-system/gw", https(A, credentialName="a"))
     tls.apply(secret("istio-system/a", tls.certificate(A)), gw)
     before = tls.served(A)
-    connection = http.client.HTTPSConnection(tls.address, 443, timeout=10)
+    connection = http.client.HTTPSConnection(tls.address, 443, timeout=60)
     raw = socket.create_connection((tls.address, 443), 10)
     connection.sock = tls.lab.authority.client_context().wrap_socket(raw, server_hostname=A)
     with connection.sock:

@@ -354,7 +354,7 @@ def test_what_passed_while_the_service_was_away_is_charged_if_it_is_back_in_time
 ) -> None:
     limited.apply(failOpen=True)
     before = limited.used()
-    limited.lab.fake.set_fault(DASHSCOPE, Fault(chunk_delay=0.03))
+    limited.lab.fake.set_fault(DASHSCOPE, Fault(chunk_delay=0.06))
     redis.stop()
     try:
         body = b'{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'

@@ -44,7 +44,7 @@ def test_a_key_is_rotated_without_a_refused_request(lab: Lab) -> None:
                 lab.fake.hosts[DASHSCOPE] = Host((old, new))
                 lab.apply(dashscope(new))
                 load.wait_until(lambda new=new: newest_key() == fingerprint(new))  # type: ignore[misc]
-                load.wait_for_more()
+                load.wait_for_all()
                 lab.fake.forget()
                 lab.fake.hosts[DASHSCOPE] = Host(new)
                 load.wait_for_more()

@@ -170,7 +170,10 @@ def test_changed_while_the_control_plane_was_dead(lab: Lab) -> None:
 
 
 def test_a_replica_that_never_saw_the_refusal_serves_the_last_acknowledged_version(lab: Lab) -> None:
-    """Two control planes on one folder: the sidecar of one refuses, a newcomer asks the other."""
+    """Two control planes on one folder: the sidecar of one refuses, a newcomer asks the other.
+
+    Its labels are different, so that it shares no snapshot with the first.
+    """
     lab.apply(good("one"), moonshot("one"))
     mesh = lab.mesh
     replica = LocalMesh(
@@ -178,6 +181,7 @@ def test_a_replica_that_never_saw_the_refusal_serves_the_last_acknowledged_versi
         serve_options=mesh._serve_options,
         environment=mesh._environment,
         bind_address=mesh.bind_address,
+        labels={"app": "other"},
     )
     other = replace(lab, mesh=replica)
     try:

@@ -27,7 +27,7 @@ def llmplane(*arguments: str) -> list[str]:
 
 
 def ask(address: str, port: int, path: str, method: str = "GET") -> tuple[int, str]:
-    connection = http.client.HTTPConnection(address, port, timeout=10)
+    connection = http.client.HTTPConnection(address, port, timeout=60)
     try:
         connection.request(method, path)
         answer = connection.getresponse()
@@ -104,7 +104,7 @@ def test_a_second_sidecar_beside_the_first_has_its_own_address_and_ends_by_a_sig
         eventually(lambda: len(lab.mesh.status()["proxies"]) == 2)
         eventually(lambda: ask_quietly(address, 15021, "/healthz/ready") == 200)
         process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     eventually(lambda: len(lab.mesh.status()["proxies"]) == 1)
 
 
@@ -119,7 +119,7 @@ def test_the_admin_interface_can_be_a_port(lab: Lab) -> None:
     port = free_port()
     with running_proxy(lab, "--admin-port", str(port)) as (_, address, directory):
         eventually(lambda: ask_quietly("127.0.0.1", port, "/ready") == 200)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=60) as answer:
             options = json.load(answer)["command_line_options"]
         assert options["concurrency"] == 1, "what follows -- is Envoy's"
         eventually(lambda: ask_quietly(address, 15090, "/stats/prometheus") == 200)

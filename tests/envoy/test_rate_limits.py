@@ -430,7 +430,8 @@ def test_the_access_log_tells_which_limit_was_nearest(lab: Lab) -> None:
 
 
 def _log(lab: Lab) -> list[Any]:
-    return [json.loads(line) for line in lab.mesh.log("sidecar").splitlines() if line.startswith("{")]
+    lines = lab.mesh.log("sidecar").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
 
 
 def test_what_the_script_counts_in_is_no_metric(lab: Lab) -> None:

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from llmplane.fakellm import Fault
+from llmplane.local import free_port
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, Lab
 from tests.support.client import MESSAGES, Answer
 from tests.support.objects import backends, provider, route
@@ -30,6 +31,8 @@ CHAT = "chat.example.com"
 A, B = DASHSCOPE, MOONSHOT
 FALLBACK = pytest.mark.needs(Feature.FALLBACK)
 STREAM = b'{"messages": [1], "stream": true}'
+SOON = "2s"
+"""A time limit that who is not asked to be late keeps, also on a machine that is busy."""
 
 
 def llm(host: str, **spec: Any) -> str:
@@ -146,14 +149,19 @@ def test_gateway_errors_can_be_counted_alone(lab: Lab, status: int, *, is_ejecte
     first_a_then_b(lab, Fault(status=status), a=policy)
     for _ in range(8):
         assert lab.client.request(CHAT).status == 200
-    assert (providers_asked(lab) != [A, B] * 8) == is_ejected
+    if is_ejected:
+        lab.mesh._wait("Envoy ejected A", lambda: "failed_outlier_check" in lab.envoy_admin("/clusters"))
+    else:
+        assert providers_asked(lab) == [A, B] * 8
+        assert "failed_outlier_check" not in lab.envoy_admin("/clusters")
 
 
 @FALLBACK
 def test_a_provider_that_is_well_again_comes_back(lab: Lab) -> None:
     first_a_then_b(lab, Fault(status=429), a=outliers(baseEjectionTime="100ms"))
     load(lab, 8)
-    assert stat(lab, A, "outlier_detection.ejections_enforced_total") == 1
+    ejections = "outlier_detection.ejections_enforced_total"
+    lab.mesh._wait("Envoy ejected A", lambda: stat(lab, A, ejections) > 0)
     lab.fake.set_fault(A, None)
     lab.fake.forget()
     lab.mesh._wait("A answers", lambda: load(lab, 1) and A in providers_asked(lab))
@@ -161,8 +169,9 @@ def test_a_provider_that_is_well_again_comes_back(lab: Lab) -> None:
 
 @FALLBACK
 def test_a_provider_that_is_silent_is_ejected_too(lab: Lab) -> None:
-    first_a_then_b(lab, Fault(delay=600), a=outliers(), firstTokenTimeout="50ms")
-    assert {answer.status for answer in load(lab, 16)} == {200}
+    first_a_then_b(lab, Fault(delay=600), a=outliers(), firstTokenTimeout=SOON)
+    assert {answer.status for answer in load(lab, 8)} == {200}
+    lab.mesh._wait("Envoy ejected A", lambda: "failed_outlier_check" in lab.envoy_admin("/clusters"))
     lab.fake.forget()
     assert lab.client.request(CHAT).status == 200
     assert providers_asked(lab) == [B]
@@ -282,8 +291,7 @@ def listens(port: int) -> bool:
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
     assert LLMOCK
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [LLMOCK, "serve", "--port", str(port), "--log-level", "error"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
@@ -308,7 +316,7 @@ def test_an_independent_judge_finds_no_fault(
     lab: Lab, judge: Judge, fault: dict[str, Any], status: int, attempts: int
 ) -> None:
     a = {"port": 443, "tls": {"mode": "DISABLE"}, "endpoints": [{"address": "127.0.0.1", "port": judge.port}]}
-    only_a(lab, a=a, retries={"attempts": 2}, streamIdleTimeout="500ms")
+    only_a(lab, a=a, retries={"attempts": 2}, streamIdleTimeout=SOON)
     judge.ask("reset", {})
     judge.ask("scenario", {"behaviors": [fault]})
     question = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": %b}'
@@ -378,9 +386,9 @@ def test_a_body_that_nobody_reads_is_measured_by_its_length(lab: Lab) -> None:
 FIRST_TOKEN = pytest.mark.parametrize(
     "limits",
     [
-        {"firstTokenTimeout": "100ms"},
-        {"streamIdleTimeout": "100ms"},
-        {"firstTokenTimeout": "100ms", "streamIdleTimeout": "10s"},
+        {"firstTokenTimeout": SOON},
+        {"streamIdleTimeout": SOON},
+        {"firstTokenTimeout": SOON, "streamIdleTimeout": "20s"},
     ],
     ids="+".join,
 )
@@ -404,13 +412,13 @@ def test_without_another_provider_silence_is_a_504(lab: Lab, limits: dict[str, s
 
 
 def test_an_answer_that_began_in_time_may_take_long(lab: Lab) -> None:
-    only_a(lab, Fault(chunks=4, chunk_delay=0.2), firstTokenTimeout="400ms", streamIdleTimeout="700ms")
+    only_a(lab, Fault(chunks=4, chunk_delay=0.4), firstTokenTimeout=SOON, streamIdleTimeout=SOON)
     assert lab.client.request(CHAT, STREAM).body.endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize(
     "limits",
-    [{"streamIdleTimeout": "300ms"}, {"firstTokenTimeout": "100ms", "streamIdleTimeout": "300ms"}],
+    [{"streamIdleTimeout": SOON}, {"firstTokenTimeout": SOON, "streamIdleTimeout": SOON}],
     ids="+".join,
 )
 def test_an_answer_that_falls_silent_is_broken_off(lab: Lab, limits: dict[str, str]) -> None:
@@ -427,7 +435,7 @@ def test_headers_are_the_beginning_of_an_answer(lab: Lab) -> None:
     with running_piecewise_server() as server:
         endpoint = {"address": "127.0.0.1", "port": server.port}
         a = {"port": 443, "tls": {"mode": "DISABLE"}, "endpoints": [endpoint]}
-        first_a_then_b(lab, a=a, firstTokenTimeout="100ms", streamIdleTimeout="300ms")
+        first_a_then_b(lab, a=a, firstTokenTimeout=SOON, streamIdleTimeout="3s")
         with lab.client.open(CHAT, STREAM) as response:
             assert response.status == 200
             with pytest.raises(IncompleteRead):

@@ -78,8 +78,8 @@ def observed_lab() -> Iterator[Lab]:
 
 def test_the_access_log_tells_model_and_tokens(observed_lab: Lab) -> None:
     def lines() -> list[dict[str, object]]:
-        text = observed_lab.mesh.log("sidecar")
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        found = observed_lab.mesh.log("sidecar").splitlines(keepends=True)
+        return [json.loads(line) for line in found if line.startswith("{") and line.endswith("}\n")]
 
     eventually(lambda: len(lines()) == 2)
     tokens = {"request_prompt_tokens": "3", "request_completion_tokens": "72"}
@@ -91,7 +91,7 @@ def test_the_access_log_tells_model_and_tokens(observed_lab: Lab) -> None:
 @pytest.mark.needs(Feature.METRICS)
 def test_the_metrics_tell_tokens_and_the_telemetry_adds_the_model(observed_lab: Lab) -> None:
     url = f"http://{observed_lab.mesh.bind_address}:15090/stats/prometheus"
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     for model in ("qwen-1.8b-chat", "qwen-turbo"):
         labels = (

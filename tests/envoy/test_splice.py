@@ -743,7 +743,7 @@ def test_a_10_mb_body_keeps_its_bytes(world: World) -> None:
 
 def test_a_chunked_body(world: World) -> None:
     with_length = world.send("qwen", b'{"a": 1}')
-    connection = http.client.HTTPConnection("127.0.0.1", world.envoy.port("test"), timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", world.envoy.port("test"), timeout=60)
     connection.request(
         "POST",
         "/",

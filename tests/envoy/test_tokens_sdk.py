@@ -90,7 +90,7 @@ def test_a_stream_that_asked_for_usage(sdk: Sdk) -> None:
 
 
 def test_a_client_that_stops_reading(sdk: Sdk) -> None:
-    sdk.fake.set_fault(PROVIDER, Fault(chunks=50, chunk_delay=0.01))
+    sdk.fake.set_fault(PROVIDER, Fault(chunks=50, chunk_delay=0.1))
     with sdk.client("stops") as client:
         stream = client.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True)
         for number, _ in enumerate(stream):

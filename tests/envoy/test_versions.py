@@ -5,6 +5,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ from llmplane import offline
 from llmplane.envoy import find_envoy
 from llmplane.fakellm import Fault
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, Lab
-from tests.golden.test_golden import VARIABLES, as_bootstrap, inputs
+from tests.golden.test_golden import VARIABLES, as_bootstrap, inputs, mesh_of, proxy_of
 from tests.support.envoy import envoy_version, has
 from tests.support.objects import backends, provider, route
 from translator.features import Feature, read_version
-from translator.proxy import Proxy, ProxyType
-from translator.world import MeshSettings
 
 A, B = DASHSCOPE, MOONSHOT
 CHAT = "chat.example.com"
@@ -49,8 +48,8 @@ def rejected(lab: Lab) -> list[str]:
 @pytest.mark.parametrize("case", inputs(), ids=lambda case: str(case.stem))
 def test_this_envoy_knows_every_field_that_it_gets(case: Path, tmp_path: Path) -> None:
     """In a bootstrap it refuses fields that it does not know; those that come by xDS it skips silently."""
-    proxy = Proxy(ProxyType.SIDECAR, "default", "sleep", version=read_version(envoy_version()))
-    text, _ = offline.translate([case], proxy, MeshSettings(trusted_ca=b"PEM"), VARIABLES)
+    proxy = replace(proxy_of(case), scripts=frozenset(), version=read_version(envoy_version()))
+    text, _ = offline.translate([case], proxy, mesh_of(case), VARIABLES)
     bootstrap = tmp_path / "bootstrap.json"
     resources = list(yaml.safe_load_all(text))
     bootstrap.write_text(json.dumps(as_bootstrap(resources, tmp_path)), encoding="utf-8")

@@ -175,7 +175,11 @@ def test_observability(lab: KubeLab) -> None:
 
 def has_logged(lab: KubeLab, name: str) -> bool:
     """Whether the access log (`kubectl logs deployments/sleep -c istio-proxy`) has a request of a model."""
-    lines = [line for line in lab.mesh.log("sidecar").splitlines() if line.startswith("{")]
+    lines = [
+        line
+        for line in lab.mesh.log("sidecar").splitlines(keepends=True)
+        if line.startswith("{") and line.endswith("}\n")  # not one that is being written
+    ]
     return any(
         entry["request_model"] == name and int(entry["request_prompt_tokens"]) > 0
         for entry in map(json.loads, lines)

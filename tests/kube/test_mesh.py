@@ -81,8 +81,8 @@ def test_what_only_the_model_can_refuse_is_told_and_the_last_good_version_stays(
     assert accepted["message"] == (
         "spec.configs.defaultConfig.openAIConfig.overrides.a: 'a' is in defaults too: set it in one of them"
     )
-    programmed = lab.condition_when("llmp", "dashscope-qwen", "Programmed", bool)
-    assert programmed["message"] == "the last good version (1) is in use at 1/1 proxies"
+    told = "the last good version (1) is in use at 1/1 proxies"
+    lab.condition_when("llmp", "dashscope-qwen", "Programmed", lambda found: found.get("message") == told)
     assert lab.client.request(DASHSCOPE).status == 200
 
 

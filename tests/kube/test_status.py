@@ -111,7 +111,8 @@ def test_what_envoy_says_at_the_other_replica_is_on_the_object(replicas: list[Ku
 
 def events_of(lab: KubeLab) -> dict[str, dict[str, Any]]:
     """Return the events of the provider by their reasons; there is one of each."""
-    about = "regarding.kind=LLMProvider,regarding.name=dashscope"
+    uid = lab.cluster.get("llmprovider", "dashscope", "-n", NAMESPACE)["metadata"]["uid"]
+    about = f"regarding.kind=LLMProvider,regarding.name=dashscope,regarding.uid={uid}"
     text = lab.kubectl("get", "events.v1.events.k8s.io", "--field-selector", about, "-o", "json")
     found = json.loads(text)["items"]
     events = {event["reason"]: event for event in found}

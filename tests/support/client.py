@@ -48,7 +48,7 @@ class ProxyClient:
         *,
         method: str = "POST",
         path: str = "/",
-        timeout: float = 30,
+        timeout: float = 60,
     ) -> Answer:
         """Send one request on a connection of its own. Raises IncompleteRead for a broken answer."""
         with self.open(host, body, headers, method=method, path=path, timeout=timeout) as response:
@@ -64,7 +64,7 @@ class ProxyClient:
         *,
         method: str = "POST",
         path: str = "/",
-        timeout: float = 30,
+        timeout: float = 60,
     ) -> Iterator[http.client.HTTPResponse]:
         """Send one request on a connection of its own, and yield the answer once its headers are there."""
         connection = self._connection(host, timeout)
@@ -84,7 +84,7 @@ class ProxyClient:
         finally:
             connection.close()
 
-    def raw(self, data: bytes, timeout: float = 30) -> Answer:
+    def raw(self, data: bytes, timeout: float = 60) -> Answer:
         """Send bytes as they are, and read one answer; one that comes before all is sent counts too."""
         with socket.create_connection(self._address, timeout=timeout) as connection:
             with suppress(ConnectionError):

@@ -30,7 +30,7 @@ from tests.support.dns import asking, running_dns_server
 
 ROOT = Path(__file__).parents[2]
 OWN_IMAGE = "llmplane"
-_START_SECONDS = 30
+_START_SECONDS = 60
 _DENIED = "本机IP"
 """Whom the gateway denies: an address as the gateway's network has it."""
 
@@ -110,7 +110,7 @@ class NativeCompose(AbstractContextManager["NativeCompose"]):
             end(process)
         self._stack.close()
 
-    def run(self, name: str, seconds: float = 60) -> str:
+    def run(self, name: str, seconds: float = 120) -> str:
         """Run a service to its end, as `docker compose up NAME` does; return its standard output.
 
         Raises AssertionError if it fails, or if something that it depends on does not become healthy.

@@ -41,7 +41,7 @@ class RunningControlPlane:
 
     async def status_when(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         """Return the status as soon as a condition holds."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition(status := await self.status()):  # noqa: ASYNC110 - asked over the network
                 await asyncio.sleep(0.01)
         return status
@@ -77,7 +77,7 @@ async def running_control_plane(folder: Path) -> AsyncIterator[RunningControlPla
     running, stop = RunningControlPlane(folder), asyncio.Event()
     control_plane = ControlPlane(FileSource([folder], {}), MeshSettings())
     task = asyncio.create_task(control_plane.run(running.xds, running.admin, stop))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 if (await running.status())["revision"]:
@@ -94,7 +94,7 @@ def fetch(address: Address, path: str, **query: str) -> tuple[int, str, str]:
     url = f"http://{address}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=10) as answer:
+        with opener.open(url, timeout=60) as answer:
             return answer.status, answer.read().decode(), answer.headers["Content-Type"]
     except urllib.error.HTTPError as error:
         with error:

@@ -179,7 +179,7 @@ class ApiServer:
             headers = {"Authorization": "Bearer admin-token"}
             request = urllib.request.Request(f"{self.url}/readyz", headers=headers)  # noqa: S310 - https
             handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-            with urllib.request.build_opener(*handlers).open(request, timeout=5) as answer:
+            with urllib.request.build_opener(*handlers).open(request, timeout=30) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError):
             return False

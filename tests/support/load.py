@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ class Load:
     """Streamed answers that were complete."""
     failures: list[str] = field(default_factory=list)
     _newest: int = 0
+    _by_connection: Counter[int] = field(default_factory=Counter)
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 30) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Wait until something holds. Raises AssertionError if it does not come true."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -46,8 +48,16 @@ class Load:
         enough = self.answers + answers
         self.wait_until(lambda: self.answers >= enough)
 
-    async def hold(self, session: aiohttp.ClientSession, url: str, proxy: str, *, stream: bool) -> None:
+    def wait_for_all(self) -> None:
+        """Wait until each connection got an answer to a request that was sent after this call."""
+        enough = {connection: count + 2 for connection, count in self._by_connection.items()}
+        self.wait_until(lambda: all(self._by_connection[each] >= count for each, count in enough.items()))
+
+    async def hold(
+        self, session: aiohttp.ClientSession, number: int, url: str, proxy: str, *, stream: bool
+    ) -> None:
         """Send one request after the other, until the task is cancelled."""
+        self._by_connection[number] = 0
         while True:
             oldest = self._newest
             try:
@@ -58,6 +68,7 @@ class Load:
                 self.failures.append(f"{type(error).__name__}: {error}")
                 continue
             self.answers += 1
+            self._by_connection[number] += 1
             self._judge(status, text, oldest, stream=stream)
             await asyncio.sleep(_PAUSE)
 
@@ -91,7 +102,9 @@ def running_load(
         connector = aiohttp.TCPConnector(limit=connections)
         async with aiohttp.ClientSession(connector=connector) as session:
             tasks = [
-                asyncio.create_task(load.hold(session, f"http://{host}/", proxy, stream=number < streams))
+                asyncio.create_task(
+                    load.hold(session, number, f"http://{host}/", proxy, stream=number < streams)
+                )
                 for number in range(connections)
             ]
             await stop.wait()

@@ -33,7 +33,7 @@ class RateLimitServer:
     def get(self, path: str) -> tuple[int, str]:
         """Ask an admin endpoint."""
         try:
-            with urllib.request.urlopen(f"http://{self.admin}{path}", timeout=5) as response:
+            with urllib.request.urlopen(f"http://{self.admin}{path}", timeout=30) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

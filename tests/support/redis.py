@@ -55,7 +55,7 @@ class RedisServer:
 
     def send(self, *words: str) -> bytes:
         """Send one command; return the beginning of the answer."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
             connection.sendall((" ".join(words) + "\r\n").encode())
             return connection.recv(65536)
 

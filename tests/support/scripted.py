@@ -9,7 +9,7 @@ import socket
 import socketserver
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,7 +28,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 class Script:
     """An answer."""
 
-    pieces: Sequence[bytes] = ()
+    pieces: Iterable[bytes] = ()
+    """They may be made as they are sent."""
     status: int = 200
     headers: Sequence[tuple[str, str]] = (("content-type", "application/json"),)
     pause: float = 0
@@ -102,7 +103,7 @@ def _serve_http1(connection: socket.socket, state: ScriptedServer) -> None:
         if script.end == "wait":
             stream.read()
         elif script.end == "reset":
-            time.sleep(0.05)  # a reset takes with it what was not read yet
+            time.sleep(0.5)  # a reset takes with it what was not read yet
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
         if chunked:

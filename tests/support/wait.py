@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def eventually(condition: Callable[[], object], seconds: float = 30) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until a condition holds. Raises AssertionError if it does not come true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -12,7 +12,7 @@ from llmplane import offline
 from llmplane.address import Address
 from llmplane.admin import AdminServer
 from llmplane.mesh import MeshSettings
-from llmplane.status import StatusUnavailableError, fetch_status
+from llmplane.status import StatusUnavailableError, fetch_status, short_name
 from tests.support.control_plane import NODE, RunningControlPlane, fetch
 from tests.support.objects import backends, provider, route, secret
 from translator.proxy import Proxy, ProxyType
@@ -133,6 +133,7 @@ async def test_the_dump_of_a_proxy_is_what_translate_prints(running: RunningCont
         await proxy.request(CDS)
         await proxy.receive()
         dump = await running.get(f"/debug/config_dump?proxy={NODE}")
+        assert await running.get(f"/debug/config_dump?proxy={short_name(NODE)}") == dump
     mine = Proxy(ProxyType.SIDECAR, "default", "")
     text, _ = offline.translate([running.folder], mine, MeshSettings(), {})
     assert sorted(yaml.safe_load_all(dump), key=str) == sorted(yaml.safe_load_all(text), key=str)

@@ -73,7 +73,7 @@ class Door:
         context = ssl.create_default_context(cafile=str(self.ca_file))
         if pair:
             context.load_cert_chain(*pair.write(self.directory, "client"))
-        return http.client.HTTPSConnection(*self.address, context=context, timeout=10)
+        return http.client.HTTPSConnection(*self.address, context=context, timeout=60)
 
     async def get(self, path: str, token: str = "", pair: Pair | None = None) -> tuple[int, str]:
         """Return status and text of an answer."""
@@ -150,7 +150,7 @@ async def test_both_are_needed_where_both_are_asked_for(door: Door) -> None:
 
 async def test_nothing_is_told_without_tls(door: Door) -> None:
     async with door.open(tokens=TOKENS):
-        plain = http.client.HTTPConnection(*door.address, timeout=10)
+        plain = http.client.HTTPConnection(*door.address, timeout=60)
         with pytest.raises((http.client.HTTPException, OSError)):
             await asyncio.to_thread(ask, plain, "/debug/status", ALL)
         plain.close()

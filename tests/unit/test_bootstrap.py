@@ -109,6 +109,18 @@ def test_bootstrap_and_script_are_laid_down_for_this_user_only(
     assert lay_down(settings(), runtime_directory("a")) == file, "again, as after a restart"
 
 
+def test_all_proxies_of_a_user_name_the_same_script(tmp_path: Path) -> None:
+    """What one of them acknowledged can stand in at another one for what that refuses: they are the same."""
+    named = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        bootstrap = json.loads(lay_down(settings(), tmp_path / name, tmp_path).read_text())
+        named.add(bootstrap["node"]["metadata"]["LUA_SCRIPTS"][lua.SCRIPT_SHA256])
+    (script,) = named
+    assert Path(script).read_text() == lua.SCRIPT
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b", Path(script).name]
+
+
 def test_a_socket_whose_path_is_too_long_is_refused_before_envoy_is(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="too long for a Unix socket"):
         lay_down(settings(admin_socket=Path("/" + "a" * 107)), tmp_path)

@@ -554,7 +554,7 @@ def test_serve_logs_json_lines_and_ends_by_a_signal(folder: Path, number: signal
             events.append(json.loads(line)["event"])
             if events[-1] == "serving":
                 process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert events == ["published", "serving", "stopped"]
 
 

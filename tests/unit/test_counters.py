@@ -38,7 +38,7 @@ async def counters(request: pytest.FixtureRequest) -> AsyncIterator[Counters]:
         server: RedisServer = request.getfixturevalue("redis")
         server.send("FLUSHALL")
         # Redis forgets by the real time; the tests' windows are in the future.
-        made = RedisCounters(server.url)
+        made = RedisCounters(server.url, timeout=30)
     yield made
     await made.close()
 
@@ -174,7 +174,7 @@ async def test_memory_is_bounded_and_windows_that_are_over_are_forgotten() -> No
 @needs_redis
 async def test_several_processes_with_one_redis_never_give_more_than_the_limit(redis: RedisServer) -> None:
     redis.send("FLUSHALL")
-    several = [RedisCounters(redis.url) for _ in range(4)]
+    several = [RedisCounters(redis.url, timeout=30) for _ in range(4)]
     calls = [take(several[number % 4], hit(7, "shared", limit=1000)) for number in range(400)]
     taken = [not standings[0].exceeded for standings in await asyncio.gather(*calls)]
     assert sum(taken) == 1000 // 7
@@ -186,7 +186,7 @@ async def test_several_processes_with_one_redis_never_give_more_than_the_limit(r
 @needs_redis
 async def test_a_counter_outlives_its_window_by_a_minute_only(redis: RedisServer) -> None:
     redis.send("FLUSHALL")
-    counters = RedisCounters(redis.url, prefix="p")
+    counters = RedisCounters(redis.url, timeout=30, prefix="p")
     await take(counters, hit(1, unit=Unit.HOUR))
     assert redis.send("EXPIRETIME", f"p:k:hour:{NOON:.0f}") == f":{NOON + 3660:.0f}\r\n".encode()
     await counters.close()
@@ -195,7 +195,7 @@ async def test_a_counter_outlives_its_window_by_a_minute_only(redis: RedisServer
 @needs_redis
 async def test_a_redis_that_dies_is_an_error_and_one_that_is_back_is_used_at_once() -> None:
     with running_redis() as server, capture_logs() as logs:
-        counters = RedisCounters(server.url)
+        counters = RedisCounters(server.url, timeout=30)
         await take(counters, hit(10))
         server.stop()
         for _ in range(5):
@@ -218,7 +218,7 @@ async def test_a_redis_that_dies_is_an_error_and_one_that_is_back_is_used_at_onc
 @needs_redis
 async def test_a_redis_that_hangs_is_an_error_after_the_timeout() -> None:
     with running_redis() as server, capture_logs():
-        counters = RedisCounters(server.url, timeout=0.2)
+        counters = RedisCounters(server.url, timeout=2)
         await take(counters, hit(10))
         server.freeze()
         calls = [take(counters, hit(10)) for _ in range(20)]

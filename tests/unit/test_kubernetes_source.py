@@ -75,7 +75,7 @@ class Watched:
 
     async def when(self, condition: Callable[[SourceState], object]) -> SourceState:
         """Return the newest state as soon as it meets a condition."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while not self.states or not condition(self.states[-1]):
                 self._new.clear()
                 await self._new.wait()
@@ -144,7 +144,7 @@ async def test_nothing_is_handed_on_before_everything_was_read(fake: FakeApi, wa
 
     fake.refuse = refuse
     async with watching() as source:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while fake.requests["LIST authorizationpolicies"] < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert not source.states
@@ -459,7 +459,7 @@ class TestMeshConfiguration:
             await source.when(has())
             changes = source.source.mesh.states(asyncio.Event())
             await fake.put(MESH.replace("rootNamespace: mesh-root", "rootNamespace: [1]"))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not source.source.mesh.problems:
                     await anext(changes)
             assert source.source.mesh.settings.config.root_namespace == "mesh-root"

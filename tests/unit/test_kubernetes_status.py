@@ -154,7 +154,7 @@ class TestWriter:
         views: list[dict[str, Any]] = []
         writer = StatusWriter(api, replica(api, "one"), lambda: [entry_of(fake)], lambda: views, bool)
         task = asyncio.create_task(writer.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "status" not in fake.get("llmproviders", "a"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         found = fake.get("llmproviders", "a")["status"]
@@ -210,7 +210,7 @@ class TestWriter:
         )  # fmt: skip
         writer = StatusWriter(api, replica(api, "one"), lambda: [gateway, entry_of(fake)], list, bool)
         task = asyncio.create_task(writer.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "status" not in fake.get("llmproviders", "a"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         task.cancel()

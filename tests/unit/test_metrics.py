@@ -28,7 +28,7 @@ def samples(exposition: str) -> Samples:
 
 
 async def metrics_when(running: RunningControlPlane, condition: Callable[[Samples], object]) -> Samples:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition(found := samples(await running.get("/metrics"))):  # noqa: ASYNC110 - over the network
             await asyncio.sleep(0.01)
     return found
@@ -118,8 +118,8 @@ async def test_what_a_client_says_makes_no_label(running: RunningControlPlane) -
         proxy._node.user_agent_build_version.version.major_number = 4_000_000_000
         await proxy.request("type.googleapis.com/anything", ["*"])
         await proxy.receive()
+        found = await metrics_when(running, lambda found: found.get('pilot_xds_pushes{type="other"}'))
         exposition = await running.get("/metrics")
-    found = samples(exposition)
     assert found['pilot_xds{version="unknown"}'] == 1
     assert found['pilot_xds_pushes{type="other"}'] == 1
     assert "sleep" not in exposition

@@ -355,7 +355,7 @@ def test_servers_that_share_a_redis_share_their_limits(tmp_path: Path) -> None:
 @needs_redis
 async def test_while_redis_is_away_calls_fail_and_then_they_work_again() -> None:
     with running_redis() as redis:
-        counters = RedisCounters(redis.url)
+        counters = RedisCounters(redis.url, timeout=30)
         async with serving(counters) as (service, channel):
             assert code(await ask(channel, descriptor())) == "OK"
             redis.stop()

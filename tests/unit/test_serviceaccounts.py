@@ -63,7 +63,7 @@ def refusing(path: str, status: int = 503) -> Callable[[web.Request], web.Respon
 
 
 async def changed(accounts: AccountAuthenticator, before: Any) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while accounts.revision() == before:  # noqa: ASYNC110 - as the server does
             await asyncio.sleep(0.01)
 

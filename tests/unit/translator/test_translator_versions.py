@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from crds.problems import ObjectKey
-from tests.support.objects import backends, provider, route, world
+from tests.support.objects import backends, provider, route, secret, world
+from tests.support.policies import ROOT, api_key_authentication, authorization_policy, gateway
 from translator import lua
 from translator.features import NEWEST, Feature, Version, read_version
 from translator.proxy import Proxy, ProxyType
 from translator.translate import Translation, Translator
 from xds import protos
-from xds.resources import CDS, RDS, SDS
+from xds.resources import CDS, ECDS, RDS, SDS
 
 A, B, C = "a.example.com", "b.example.com", "c.example.com"
 PROVIDERS = [
@@ -225,6 +226,41 @@ def test_before_1_39_requests_are_not_counted_and_the_proxy_says_so(
     version: Version, missing: Mapping[None, Sequence[Feature]]
 ) -> None:
     assert translated(version).missing == missing
+
+
+# Policies of a gateway
+
+
+CLIENTS = secret("clients", {"alice": "some-key-of-alice"})
+
+
+def at_a_gateway(version: Version | None, *objects: str) -> Translation:
+    labels = frozenset({("istio", "ingressgateway")})
+    proxy = Proxy(ProxyType.ROUTER, ROOT, "gateway", labels, version=version)
+    return Translator().translate(world(gateway(), *objects), proxy)
+
+
+@pytest.mark.parametrize(("version", "missing"), [((1, 38), [Feature.FILTER_CHAIN]), ((1, 39), None)])
+def test_before_1_39_a_policy_says_that_open_connections_keep_the_one_of_before(
+    version: Version, missing: Sequence[Feature] | None
+) -> None:
+    found = at_a_gateway(version, CLIENTS, api_key_authentication("clients"), authorization_policy()).missing
+    for kind, name in (("APIKeyAuthentication", "clients"), ("AuthorizationPolicy", "rules")):
+        assert found.get(ObjectKey(kind, ROOT, name)) == missing
+    assert at_a_gateway(version).missing.keys() <= {None}, "without policies nothing is late"
+
+
+@pytest.mark.parametrize(("version", "clears"), [((1, 37), False), ((1, 38), True)])
+def test_before_1_38_a_script_has_routes_look_at_the_client(version: Version, clears: bool) -> None:
+    """An Envoy skips a field that it does not know: all clients would get what no client's name is for."""
+    made = at_a_gateway(version, CLIENTS, api_key_authentication("clients"))
+    filters = {r.name: resource(made, ECDS, r.name) for r in made.resources if r.name.startswith("api_keys/")}
+    configs = {name: found["typed_config"] for name, found in filters.items()}
+    names = ["api_keys/0/api_key_auth", "api_keys/1/set_filter_state"]
+    assert list(configs) == (names if clears else [*names, "api_keys/2/lua"])
+    assert ("clear_route_cache" in configs[names[1]]) == clears
+    scripts = [config["default_source_code"]["inline_string"] for config in list(configs.values())[2:]]
+    assert all("handle:clearRouteCache()" in script for script in scripts)
 
 
 # Many hosts
