@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tests.envoy.conftest import DASHSCOPE, KEYS, Lab
 from tests.support.client import Answer, GatewayClient
 from tests.support.policies import HOST, opened
+from tests.support.wait import eventually
 
 GATEWAY = "istio-ingressgateway"
 
@@ -20,6 +21,8 @@ class Gateway:
     def apply(self, *objects: str) -> None:
         """Make these objects the whole configuration, besides those by which HOST is served."""
         self.lab.apply(*opened(DASHSCOPE, KEYS[DASHSCOPE]), *objects)
+        # Below 1.39 policies can change the listener, which Envoy acknowledges before it is in use.
+        eventually(lambda: self.admin("/stats?filter=total_listeners_warming").split()[-1] == "0")
         self.lab.fake.forget()
 
     def ask(

@@ -264,6 +264,7 @@ def test_no_request_gets_through_before_the_policy_that_comes_with_its_route(
     assert gateway.lab.all_seen() == ()
 
 
+@pytest.mark.needs(Feature.FILTER_CHAIN)
 def test_a_policy_holds_on_connections_that_are_open_and_drains_none(gateway: Gateway) -> None:
     connection = HTTPConnection(gateway.address, 80)
 
