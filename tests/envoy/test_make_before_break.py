@@ -166,7 +166,7 @@ def test_swapping_providers_under_load_loses_no_request(
 def test_swapping_providers_whose_names_are_new_loses_no_request(
     mesh: LocalMesh, upstream: int, api_type: str
 ) -> None:
-    """Until a name is resolved, requests are tried again; each swap comes when none is on its way any more."""
+    """Until a name is resolved, requests are tried again; no swap comes while one is on its way."""
     with running_dns_server() as dns:
         dns.records = {f"p{number}.local.test": ["127.0.0.1"] for number in range(SWAPS)}
         dns.delay = 0.1
