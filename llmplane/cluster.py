@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-from llmplane.acknowledged import AcknowledgedFile
 from llmplane.admission import Admission, admitting
 from llmplane.auth import FileAuthenticator
 from llmplane.controlplane import ControlPlane
@@ -43,15 +42,15 @@ async def connected(
     authenticator = authenticator_of(api)
     try:
         source = KubernetesSource(api, mesh, LastGood(state_file("last-good", [_STATE])))
-        acknowledged = AcknowledgedFile(state_file("acknowledged", [_STATE]))
         control_plane = make(
-            source, mesh, authenticator=authenticator, acknowledged=acknowledged, mesh_file=source.mesh
+            source, mesh, authenticator=authenticator, acknowledged=source.acknowledged, mesh_file=source.mesh
         )
+        source.acknowledged.on_change = control_plane.server.look_again
         leader = Leader(api, api.namespace, _LEASE)
         writer = StatusWriter(
             api, leader, source.entries, control_plane.objects, lambda: bool(control_plane.server.groups())
         )
-        task = asyncio.create_task(writer.run())
+        tasks = [asyncio.create_task(each) for each in (writer.run(), source.acknowledged.write())]
         try:
             async with AsyncExitStack() as stack:
                 ca = None
@@ -59,9 +58,11 @@ async def connected(
                     ca = await stack.enter_async_context(admitting(api, leader, admission))
                 yield control_plane, authenticator, ca
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError):
+                    await task
     finally:
         if isinstance(authenticator, AccountAuthenticator):
             await authenticator.close()

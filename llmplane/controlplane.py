@@ -18,7 +18,6 @@ from crds.llmroute import LLMRoute
 from crds.loader import LoadedObject
 from crds.meta import BaseObject
 from crds.problems import ObjectKey, Problem, Severity
-from llmplane.acknowledged import AcknowledgedFile
 from llmplane.address import Address, AddressInUseError, check_free
 from llmplane.admin import Access, AdminServer
 from llmplane.auth import Identity
@@ -35,6 +34,7 @@ from translator.parts import ResourceName
 from translator.proxy import Proxy
 from translator.translate import NOTHING, Translation, Translator
 from translator.world import MeshSettings
+from xds.group import Archive
 from xds.resources import Resource
 from xds.server import Authenticator, ManagementServer, Node, NodeRejected
 from xds.snapshot import Snapshot
@@ -97,7 +97,7 @@ class ControlPlane:
         *,
         validate_resources: bool = True,
         authenticator: Authenticator | None = None,
-        acknowledged: AcknowledgedFile | None = None,
+        acknowledged: Archive | None = None,
         mesh_file: MeshSource | None = None,
     ) -> None:
         self._metrics = Metrics(self._figures)

@@ -283,6 +283,19 @@ class Group:
         self.refusals[refusal.type_url, refusal.name] = refusal
         self._step()
 
+    def look_again(self) -> None:
+        """Ask the archive for what stands in for refused versions, where nothing is known of that yet."""
+        if self._archive is None:
+            return
+        found = False
+        for (type_url, name), refusal in self.refusals.items():
+            good = self._good_of(type_url)
+            if good.get(name) is None and (last := self._archive.get((type_url, name, refusal.version))):
+                good.update({name: last})
+                found = True
+        if found:
+            self._step()
+
     def accept(self, type_url: str, response: Response) -> None:
         """Note that a proxy accepted a response; what it brought is good for the group."""
         if response.accepted:

@@ -285,6 +285,12 @@ class ManagementServer:
         if key in self._groups and not self._groups[key].wakers:
             self._groups.pop(key).forget()
 
+    def look_again(self) -> None:
+        """Ask the archive again: there is more in it, which another replica put there."""
+        for group in self._groups.values():
+            group.look_again()
+        self.changed()
+
     def proxies(self) -> list[ProxyStatus]:
         """Return the state of each stream, ordered by node id."""
         statuses = [connection.status() for connection in self._connections]

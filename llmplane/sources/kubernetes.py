@@ -24,6 +24,7 @@ from crds.meshconfig import load_mesh_config
 from crds.meta import DEFAULT_NAMESPACE, GROUP, VERSIONS, BaseObject
 from crds.problems import ObjectKey, Problem, Severity
 from crds.unreadable import SECURITY_KINDS, UnreadablePolicy, selected_labels
+from llmplane.kubeacknowledged import AcknowledgedConfigMap
 from llmplane.kubeapi import Api
 from llmplane.sources.keeping import Keeper
 from llmplane.sources.lastgood import LastGood
@@ -82,6 +83,8 @@ class KubernetesSource:
         self._wanted: frozenset[ObjectKey] = frozenset()
         """Secrets that some object refers to."""
         self.mesh = KubernetesMesh(api, mesh, self._changed.set)
+        self.acknowledged = AcknowledgedConfigMap(api, self._changed.set)
+        """What stands in for what Envoys refuse; who serves has to know it."""
 
     async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
         """Yield the state as soon as all was read, and after each change, until ``stop`` is set."""
@@ -92,6 +95,7 @@ class KubernetesSource:
                 self._start(reflector)
             self._start(self._services)
             self._start(self.mesh.reflector)
+            self._start(self.acknowledged.reflector)
             while True:
                 changed = asyncio.create_task(self._changed.wait())
                 await asyncio.wait(
@@ -210,7 +214,8 @@ class KubernetesSource:
         )
 
     def _is_read(self) -> bool:
-        return self.mesh.is_known and all(each.is_synced for each in (*self._kinds.values(), self._services))
+        objects_are_read = all(each.is_synced for each in (*self._kinds.values(), self._services))
+        return self.mesh.is_known and self.acknowledged.reflector.is_synced and objects_are_read
 
     def _state(self) -> SourceState:
         entries = [

@@ -1,5 +1,6 @@
 """deploy/kubernetes on a real API server, and the control plane with exactly the rights that it gives."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,39 @@ def test_a_replica_may_tell_the_one_that_leads_of_its_proxies(deployed: ApiServe
         assert answer.strip().endswith("serverside-applied")
 
 
+def test_it_may_share_what_stands_in_for_what_envoys_refuse(lab: KubeLab) -> None:
+    """A bad provider makes the ConfigMap, a second one changes it."""
+    for name in ("first", "second"):
+        lab.apply(plain_provider(name))
+        lab.kubectl("wait", "--for=condition=Programmed", "--timeout=60s", "llmp", name)
+        lab.apply(plain_provider(name, tls="caCertificates: /nowhere/ca.pem"))
+        lab.condition_when("llmp", name, "Programmed", lambda found: found.get("reason") == "Refused")
+    eventually(lambda: len(shared(lab)) == 2)
+    lab.kubectl("delete", "llmp", "first", "second")
+    assert "cannot be shared" not in lab.mesh.log("control-plane")
+
+
+def shared(lab: KubeLab) -> dict[str, str]:
+    """Return the entries of the ConfigMap."""
+    text = lab.cluster.kubectl("-n", "llmplane-system", "get", "configmaps", "-o", "json")
+    found = {each["metadata"]["name"]: each for each in json.loads(text)["items"]}
+    data: dict[str, str] = found.get("llmplane-acknowledged", {}).get("binaryData", {})
+    return data
+
+
+def plain_provider(name: str, tls: str = "") -> str:
+    return f"""
+apiVersion: istio.alibabacloud.com/v1beta1
+kind: LLMProvider
+metadata: {{name: {name}}}
+spec:
+  host: {name}.example.com
+  path: /v1/chat/completions
+  tls: {{{tls}}}
+  configs: {{defaultConfig: {{openAIConfig: {{model: m}}}}}}
+"""
+
+
 @pytest.mark.parametrize(
     "may_not",
     [
@@ -138,6 +172,8 @@ def test_a_replica_may_tell_the_one_that_leads_of_its_proxies(deployed: ApiServe
         ("create", "pods", "--namespace=llmplane-system"),
         ("update", "leases.coordination.k8s.io/other", "--namespace=llmplane-system"),
         ("patch", "configmaps/other", "--namespace=llmplane-system"),
+        ("update", "configmaps/llmplane-replicas", "--namespace=llmplane-system"),
+        ("get", "configmaps/other", "--namespace=llmplane-system"),
         ("delete", "pods", "--namespace=default"),
         ("get", "secrets/llmplane-keys", "--namespace=llmplane-system"),
         ("create", "mutatingwebhookconfigurations"),

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from crds.meshconfig import MeshConfig
 from crds.problems import ObjectKey, Problem, Severity
+from llmplane.kubeacknowledged import NAME
 from llmplane.sources import reflector
 from llmplane.sources.kubernetes import KubernetesSource
 from llmplane.sources.lastgood import LastGood
@@ -146,6 +147,25 @@ async def test_nothing_is_handed_on_before_everything_was_read(fake: FakeApi, wa
     async with watching() as source:
         async with asyncio.timeout(60):
             while fake.requests["LIST authorizationpolicies"] < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert not source.states
+        fake.refuse = None
+        await source.when(has("a"))
+
+
+async def test_what_stands_in_for_refused_resources_is_read_first(fake: FakeApi, watching: Any) -> None:
+    """Else a newcomer would be sent what others refused, as if nothing were known of it."""
+    await fake.put(provider())
+
+    def refuse(request: web.Request) -> web.Response | None:
+        if NAME not in request.query_string:
+            return None
+        return web.json_response({"message": "configmaps is forbidden"}, status=403)
+
+    fake.refuse = refuse
+    async with watching() as source:
+        async with asyncio.timeout(60):
+            while not source.source.acknowledged.reflector.failure:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert not source.states
         fake.refuse = None

@@ -819,6 +819,27 @@ def test_archive_tells_a_later_server_what_stands_in_for_a_refused_version() -> 
 
 
 @pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
+def test_what_stands_in_may_become_known_after_the_refusal(variant: type[DeltaProxy]) -> None:
+    """Another replica may say what it is a moment later."""
+    bad = resource(CDS, "a", BAD)
+    archive = DictArchive()
+    snapshot = Snapshot([bad, resource(CDS, "b")])
+    group = Group("group", snapshot, identifier="test", numbers=count(1), recent=Recent(), archive=archive)
+    proxy = variant(group)
+    settle(proxy)
+    point = group.point
+    group.look_again()
+    assert group.point is point
+    archive.put((CDS, "a", bad.version), resource(CDS, "a"))
+    group.look_again()
+    settle(proxy)
+    assert has(proxy) == versions_of(resource(CDS, "a"), resource(CDS, "b"))
+    point = group.point
+    group.look_again()
+    assert group.point is point
+
+
+@pytest.mark.parametrize("variant", [DeltaProxy, SotwProxy])
 def test_proxy_that_refuses_the_stand_in_as_well_goes_without(variant: type[DeltaProxy]) -> None:
     """No loop: it is offered once."""
     bad = resource(CDS, "a", BAD)

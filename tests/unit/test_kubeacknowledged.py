@@ -1,0 +1,228 @@
+"""What stands in for refused resources is shared by all replicas of a cluster, and never a secret."""
+
+import asyncio
+import base64
+import gzip
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from aiohttp import web
+from structlog.testing import capture_logs
+
+from llmplane import kubeacknowledged
+from llmplane.acknowledged import Refused
+from llmplane.kubeacknowledged import NAME, AcknowledgedConfigMap, merged
+from llmplane.kubeapi import Api
+from tests.support.kubeapi import FakeApi
+from xds import protos
+from xds.resources import CDS, ECDS, SDS, Resource
+
+NAMESPACE = "llmplane-system"
+
+
+def refused(version: object) -> Refused:
+    return (CDS, "a", str(version))
+
+
+def cluster(seconds: int, *, name: str = "a") -> Resource:
+    return Resource.of(protos.Cluster(name=name, connect_timeout={"seconds": seconds}, type="EDS"))
+
+
+def incompressible(size: int) -> Resource:
+    text = random.Random(size).randbytes(size).hex()  # noqa: S311 - it need not be secret
+    return Resource.of(protos.Cluster(name="a", alt_stat_name=text))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait little before writing again."""
+    monkeypatch.setattr(kubeacknowledged, "_PAUSE", 0.01)
+    monkeypatch.setattr(kubeacknowledged, "_FAILURE_PAUSE", 0.01)
+
+
+@asynccontextmanager
+async def replica(api: Api) -> AsyncIterator[AcknowledgedConfigMap]:
+    """Run what a replica runs, from when it has read what there is."""
+    synced = asyncio.Event()
+    archive = AcknowledgedConfigMap(api, synced.set)
+    tasks = [asyncio.create_task(each) for each in (archive.reflector.run(), archive.write())]
+    async with asyncio.timeout(60):
+        await synced.wait()
+    try:
+        assert archive.reflector.is_synced
+        yield archive
+    finally:
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def when(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+
+
+def written(fake: FakeApi) -> dict[str, str]:
+    key = ("configmaps", NAMESPACE, NAME)
+    data: dict[str, str] = fake.objects[key]["binaryData"] if key in fake.objects else {}
+    return data
+
+
+async def test_what_one_replica_puts_another_one_gets(api: Api, fake: FakeApi) -> None:
+    async with replica(api) as one, replica(api) as two:
+        assert two.get(refused(1)) is None
+        for good in (cluster(1), cluster(2)):
+            one.put(refused(1), good)
+            assert one.get(refused(1)) == good, "at once"
+            await when(lambda good=good: two.get(refused(1)) == good)
+        found = two.get(refused(1))
+        assert found
+        assert found.delta_frame == cluster(2).delta_frame
+        assert len(written(fake)) == 1
+
+
+async def test_who_did_not_find_something_is_told_when_there_is_more(api: Api) -> None:
+    async with replica(api) as one, replica(api) as two:
+        found: list[Resource | None] = []
+        two.on_change = lambda: found.append(two.get(refused(1)))
+        one.put(refused(1), cluster(1))
+        await when(lambda: found)
+        assert found == [cluster(1)]
+
+
+async def test_a_replica_that_starts_has_read_it_before_it_serves(api: Api) -> None:
+    async with replica(api) as one:
+        one.put(refused(1), cluster(1))
+    # It was written, although the replica ended at once.
+    async with replica(api) as later:
+        assert later.get(refused(1)) == cluster(1)
+
+
+async def test_replicas_that_write_at_the_same_time_lose_nothing(api: Api, fake: FakeApi) -> None:
+    async with replica(api) as one, replica(api) as two, replica(api) as three:
+        for number in range(12):
+            for place, archive in enumerate((one, two, three)):
+                archive.put(refused(f"{place}-{number}"), cluster(number))
+            await asyncio.sleep(0.01)
+        await when(lambda: len(written(fake)) == 36)
+        for place in range(3):
+            for number in range(12):
+                version = refused(f"{place}-{number}")
+                await when(lambda version=version: all(each.get(version) for each in (one, two, three)))
+
+
+async def test_the_same_is_written_once(api: Api, fake: FakeApi) -> None:
+    async with replica(api) as one, replica(api) as two:
+        for archive in (one, two):
+            archive.put(refused(1), cluster(1))
+            await when(lambda archive=archive: not archive._due)
+            await when(lambda archive=archive: archive._read())
+        asked = fake.requests["GET configmaps"]
+        for _ in range(1000):  # as many Envoys refuse it
+            one.put(refused(1), cluster(1))
+        assert not one._due
+        two.put(refused(2), cluster(2))
+        await when(lambda: one.get(refused(2)))
+        assert (fake.requests["POST configmaps"], fake.requests["PUT configmaps"]) == (1, 1)
+        assert fake.requests["GET configmaps"] == asked + 1
+
+
+async def test_an_api_server_that_takes_nothing_is_a_warning(api: Api, fake: FakeApi) -> None:
+    def refuse(request: web.Request) -> web.Response | None:
+        if request.method == "GET":
+            return None
+        return web.json_response({"message": "configmaps is forbidden"}, status=403)
+
+    fake.refuse = refuse
+    with capture_logs() as logs:
+        async with replica(api) as one:
+            one.put(refused(1), cluster(1))
+            await when(lambda: fake.requests["POST configmaps"] > 3)
+            assert one.get(refused(1)) == cluster(1)
+            fake.refuse = None
+            await when(lambda: written(fake))
+    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert [entry["problem"] for entry in warnings] == ["configmaps is forbidden"], "told once"
+
+
+async def test_an_entry_that_cannot_be_used_is_a_warning(api: Api, fake: FakeApi) -> None:
+    async with replica(api) as one:
+        one.put(refused(1), cluster(1))
+        one.put(refused(2), cluster(1))
+    (first, text), (second, _) = written(fake).items()
+    nothing = base64.b64encode(gzip.compress(b"{}")).decode()
+    for bad in ("?", base64.b64encode(b"?").decode(), nothing):
+        metadata = {"name": NAME, "namespace": NAMESPACE}
+        data = {first: bad, second: text, "other": "x"}
+        await fake.put_object({"kind": "ConfigMap", "metadata": metadata, "binaryData": data})
+        async with replica(api) as later:
+            with capture_logs() as logs:
+                assert later.get(refused(1)) is None
+            assert [entry["log_level"] for entry in logs] == ["warning"]
+            assert later.get(refused(2)) is None, "it is that of another version"
+
+
+async def test_no_key_gets_into_it(api: Api, fake: FakeApi) -> None:
+    secret = protos.Secret(name="a", generic_secret={"secret": {"inline_string": "sk-secret"}})
+    keys = protos.ApiKeyAuth(credentials=[{"key": "sk-secret", "client": "alice"}])
+    policy = protos.TypedExtensionConfig(name="api_keys", typed_config=protos.pack(keys))
+    async with replica(api) as one:
+        one.put((SDS, "a", "1"), Resource.of(secret))
+        one.put((ECDS, "api_keys", "1"), Resource.of(policy))
+        one.put(refused(1), cluster(1))
+    (text,) = written(fake).values()
+    assert b"secret" not in gzip.decompress(base64.b64decode(text))
+
+
+class TestBounds:
+    """A ConfigMap may have a mebibyte."""
+
+    def test_the_oldest_are_forgotten(self) -> None:
+        entries: dict[str, str] = {}
+        for number in range(300):
+            entries = merged(entries, {refused(number): cluster(1)})
+        newest = merged({}, {refused(number): cluster(1) for number in range(44, 300)})
+        assert list(entries.items()) == list(newest.items())
+
+    def test_what_is_replaced_is_new_again_and_what_is_the_same_stays(self) -> None:
+        first, second = merged({}, {refused(1): cluster(1), refused(2): cluster(1)})
+        entries = merged({}, {refused(1): cluster(1), refused(2): cluster(1)})
+        assert list(merged(entries, {refused(1): cluster(1)})) == [first, second]
+        assert list(merged(entries, {refused(1): cluster(2)})) == [second, first]
+
+    def test_as_many_of_the_newest_as_there_is_room_for(self) -> None:
+        entries: dict[str, str] = {}
+        for number in range(10):
+            entries = merged(entries, {refused(number): incompressible(100_000 + number)})
+        (newest,) = merged({}, {refused(9): incompressible(100_009)})
+        assert 4 <= len(entries) < 10
+        assert list(entries)[-1] == newest
+        assert sum(map(len, entries.values())) <= 1_000_000
+
+    async def test_what_is_too_large_costs_the_others_nothing(self, api: Api, fake: FakeApi) -> None:
+        with capture_logs() as logs:
+            async with replica(api) as one:
+                one.put(refused(1), cluster(1))
+                await when(lambda: written(fake))
+                one.put(refused(2), incompressible(1_000_000))
+                await when(lambda: logs)
+                assert one.get(refused(2)), "here it stands in"
+        assert [entry["resources"] for entry in logs] == [["a"]]
+        assert len(written(fake)) == 1
+
+    def test_ten_thousand_hosts_compress_well(self) -> None:
+        """One route configuration with all of them is the largest resource that there is."""
+        hosts = [
+            {
+                "name": f"p{number}",
+                "domains": [f"p{number}.example.com", f"p{number}.example.com:*"],
+                "routes": [{"match": {"prefix": "/"}, "route": {"cluster": f"outbound|443||p{number}"}}],
+            }
+            for number in range(10_000)
+        ]
+        routes = Resource.of(protos.RouteConfiguration(name="a", virtual_hosts=hosts))
+        assert merged({}, {refused(1): routes})
