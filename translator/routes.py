@@ -262,7 +262,7 @@ class _Names(NamedTuple):
 
     @classmethod
     def of_one(cls, name: str, proxy: Proxy) -> Self:
-        """Return a name that an object of any namespace has in common with no other one."""
+        """Return the names of a host that has only this one."""
         return cls((name,), name, cls._bucket(name, proxy))
 
     @staticmethod
