@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from tests.envoy.conftest import DASHSCOPE, KEYS, Lab
 from tests.support.client import Answer, GatewayClient
+from tests.support.envoy import has
 from tests.support.policies import HOST, opened
 from tests.support.wait import eventually
+from translator.features import Feature
 
 GATEWAY = "istio-ingressgateway"
 
@@ -21,8 +23,10 @@ class Gateway:
     def apply(self, *objects: str) -> None:
         """Make these objects the whole configuration, besides those by which HOST is served."""
         self.lab.apply(*opened(DASHSCOPE, KEYS[DASHSCOPE]), *objects)
-        # Below 1.39 policies can change the listener, which Envoy acknowledges before it is in use.
-        eventually(lambda: self.admin("/stats?filter=total_listeners_warming").split()[-1] == "0")
+        if not has(Feature.FILTER_CHAIN):
+            # There policies can change the listener, which Envoy acknowledges before its workers use it.
+            eventually(lambda: self.admin("/stats?filter=total_listeners_warming").split()[-1] == "0")
+            self.client.request("nobody.example.com")
         self.lab.fake.forget()
 
     def ask(
