@@ -28,6 +28,9 @@ from tests.support.tokens import Issuer
 from tests.support.wait import eventually
 from translator.features import Feature
 
+# All of them want policies that hold at once: on an older Envoy it is chance.
+pytestmark = pytest.mark.needs(Feature.FILTER_CHAIN)
+
 ISSUER = Issuer("https://issuer.example.com")
 RULE = {"issuer": ISSUER.name, "jwks": ISSUER.jwks, "presence": "REQUIRED"}
 ALICE = "sk-of-alice-0123456789"
@@ -79,7 +82,6 @@ def test_a_policy_that_is_broken_when_it_first_comes_denies(gateway: Gateway, po
     assert "refuse every request until it can be read" in problems(gateway)
 
 
-@pytest.mark.needs(Feature.FILTER_CHAIN)
 def test_a_policy_that_only_envoy_finds_wrong_denies_too(gateway: Gateway) -> None:
     """Of no policy before it there is nothing good to go on with."""
     admin = "/runtime_modify?re2.max_program_size.error_level="
@@ -98,7 +100,6 @@ def test_a_policy_that_only_envoy_finds_wrong_denies_too(gateway: Gateway) -> No
     assert gateway.ask().status == 200
 
 
-@pytest.mark.needs(Feature.FILTER_CHAIN)
 def test_it_denies_to_those_that_it_selects_or_to_its_namespace(gateway: Gateway) -> None:
     elsewhere = {"matchLabels": {"istio": "egressgateway"}}
     gateway.apply(authorization_policy(action="PERMIT", selector=elsewhere))
@@ -239,7 +240,6 @@ def hammering(address: str, host: str) -> Iterator[Callable[[], list[int]]]:
             thread.join()
 
 
-@pytest.mark.needs(Feature.FILTER_CHAIN)
 @pytest.mark.parametrize(
     ("policies", "status"),
     [
@@ -264,7 +264,6 @@ def test_no_request_gets_through_before_the_policy_that_comes_with_its_route(
     assert gateway.lab.all_seen() == ()
 
 
-@pytest.mark.needs(Feature.FILTER_CHAIN)
 def test_a_policy_holds_on_connections_that_are_open_and_drains_none(gateway: Gateway) -> None:
     connection = HTTPConnection(gateway.address, 80)
 
