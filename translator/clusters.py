@@ -5,6 +5,7 @@ a retry on another provider gets that provider's model, path, host and key (desi
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self
 
 from google.protobuf.message import Message
@@ -13,7 +14,7 @@ from crds.llmprovider import MAX_REQUEST_BYTES, ConnectionPool, LLMProvider, Out
 from translator import lua, older_envoy, secrets
 from translator.endpoints import cluster_of, is_ip
 from translator.features import Feature
-from translator.hosts import authority
+from translator.hosts import authority, stat_name
 from translator.operations import operations
 from translator.proxy import Proxy
 from translator.world import MeshSettings
@@ -96,6 +97,20 @@ def cluster(target: Destination, mesh: MeshSettings, proxy: Proxy, *, client_cer
         made.transport_socket.CopyFrom(_tls(target.provider, client_certificate=client_certificate))
     if outliers is not None:
         made.outlier_detection.CopyFrom(_outlier_detection(outliers))
+    return made
+
+
+def closed_cluster(target: Destination) -> Message:
+    """Make a cluster without hosts, for a destination whose own one cannot be used.
+
+    Else a host that only its cluster makes known would be unknown: captured requests for it would pass on.
+    """
+    made: Any = protos.Cluster(
+        name=target.cluster_name,
+        alt_stat_name=stat_name(target.cluster_name),
+        connect_timeout=timedelta(seconds=1),
+    )
+    made.metadata.filter_metadata[HOST_METADATA[0]].update({HOST_METADATA[1]: target.provider.spec.host})
     return made
 
 

@@ -131,7 +131,7 @@ def _guard(name: str) -> Guard:
         Resource.of(protos.TypedExtensionConfig(name=name, typed_config=protos.pack(_chain(filters))))
         for filters in ([], [authorization.denial([f"{name}-refused"])])
     )
-    return Guard(open=nothing.version, closed=everything)
+    return Guard(open=nothing.version, closed=lambda: everything)
 
 
 def _chain(filters: list[dict[str, Any]]) -> Message:

@@ -20,7 +20,7 @@ from translator import (
 from translator.backends import backend_cluster
 from translator.captured_routes import captured_routes
 from translator.certificates import workload_certificates
-from translator.clusters import Destination, cluster
+from translator.clusters import Destination, closed_cluster, cluster
 from translator.features import Feature
 from translator.gateways import GatewayListener, Merged, merge
 from translator.listeners import HTTP_PROXY_ROUTES, gateway_listener, sidecar_listener
@@ -31,7 +31,7 @@ from translator.routes import HostRoutes, RouteTable, gateway_route_table, route
 from translator.rules import leads_to_mutual_tls, missing_features
 from translator.services import ServiceDestination, service_cluster
 from translator.world import World
-from xds.resources import SDS, Resource
+from xds.resources import SDS, Guard, Resource
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,11 +239,17 @@ class Translator:
 
     def _cluster(self, world: World, target: Destination, proxy: Proxy, *, has_certificate: bool) -> Resource:
         def make() -> Resource:
-            return Resource.of(cluster(target, world.mesh, proxy, client_certificate=has_certificate))
+            made = cluster(target, world.mesh, proxy, client_certificate=has_certificate)
+            return Resource.of(made, guard=Guard("", partial(_closed, target)))
 
         script = proxy.script(lua.SCRIPT_SHA256)
         what = (target.cluster_name, script, proxy.version, has_certificate, world.mesh)
         return self._memory.recall((id(target.provider), what), target.provider, make)
+
+
+def _closed(target: Destination) -> Resource:
+    """Make what stands in for a cluster where no good version is known; who has one keeps it."""
+    return Resource.of(closed_cluster(target), held=True)
 
 
 def _lacking(world: World, host: HostRoutes) -> tuple[str, ...]:

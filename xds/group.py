@@ -273,7 +273,7 @@ class Group:
             return
         refused = (refusal.type_url, refusal.name, refusal.version)
         if last is None:
-            last = fallback if fallback is not None and fallback.delta_frame else None
+            last = fallback if fallback is not None and fallback.delta_frame and not fallback.held else None
             if last is None and self._archive is not None:
                 last = self._archive.get(refused)
             if last is not None:
@@ -302,7 +302,8 @@ class Group:
             return
         response.accepted = True
         good = self._good_of(type_url)
-        good.update(response.changes)
+        # What is held is what closes, where nothing good is known.
+        good.update({name: new for name, new in response.changes.items() if new is None or not new.held})
         lifted = [
             key
             for key, refusal in self.refusals.items()

@@ -12,6 +12,7 @@ world is the tail of the frame for delta, and one bytes object serves both. Only
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
@@ -97,7 +98,7 @@ class Resource:
     ttl: timedelta | None = None
     """After this time without a word from the server the client drops it; the server renews it in time."""
     guard: "Guard | None" = field(default=None, compare=False)
-    """Of a resource that restricts what clients may do: what stands in for it when it cannot be served."""
+    """What stands in for it when it cannot be served, if its last good version does not."""
     delta_frame: bytes = field(default=b"", repr=False, compare=False)
     body_size: int = field(default=0, compare=False)
 
@@ -149,7 +150,7 @@ class Resource:
     def stand_in(self, good: "Resource | None") -> "Resource | None":
         """Return what is served when this one is refused: its last good version, but nothing that is open."""
         if self.guard is not None and (good is None or good.version == self.guard.open):
-            return self.guard.closed
+            return self.guard.closed()
         return good
 
     @property
@@ -177,11 +178,11 @@ class Resource:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What a resource that restricts falls back to, so that it fails closed."""
+    """What a resource falls back to, so that it fails closed."""
 
     open: str
-    """The version that restricts nothing."""
-    closed: Resource
+    """The version that restricts nothing; empty: there is none."""
+    closed: Callable[[], Resource]
     """Lets nothing pass. It stands in where the last good version is `open`, or where there is none."""
 
 

@@ -28,7 +28,7 @@ from llmplane.certificates import CertificateAuthority
 from llmplane.envoy import find_envoy, lay_down
 from llmplane.fakellm import FakeLLM, Host, running_in_thread
 from llmplane.local import LocalMesh
-from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT
+from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT, OPENAI
 from tests.support.client import MESSAGES
 from tests.support.dns import DnsServer, running_dns_server
 from tests.support.envoy import ask_admin
@@ -456,6 +456,17 @@ def test_an_upgrade_passes_and_no_provider_gets_one(changing_lab: CaptureLab, ot
     assert refused.stdout.startswith("HTTP/1.1 405")
     assert "unsupported_request" in refused.stdout
     assert not lab.fake.seen
+
+
+def test_what_is_sent_to_a_provider_that_envoy_refuses_does_not_pass(changing_lab: CaptureLab) -> None:
+    """In clear, past the provider that somebody meant it for."""
+    lab = changing_lab
+    refused = provider("openai", OPENAI, key=KEYS[OPENAI], tls={"caCertificates": "/no/such/file"})
+    lab.mesh.apply("objects.yaml", refused, settle=False)
+    eventually(lambda: {proxy["state"] for proxy in lab.mesh.status()["proxies"]} == {"NACK"})
+    how = ("--include", "--connect-to", f"::{ORIGIN}:80", f"http://{OPENAI}/")
+    eventually(lambda: lab.curl(*how).stdout.startswith("HTTP/1.1 503"))
+    assert "provider_unreachable" in lab.curl(*how).stdout
 
 
 @pytest.mark.needs(Feature.METRICS)

@@ -165,7 +165,7 @@ def test_changed_while_the_control_plane_was_dead(lab: Lab) -> None:
     assert_no_loop(lab, {CDS_REFUSED: before + 2})
     replace_sidecar(lab)
     eventually(lambda: model(lab, MOONSHOT) == "two")
-    assert model(lab, DASHSCOPE) == "404", "to the routes, a plain provider is its cluster"
+    assert model(lab, DASHSCOPE) == "503", "its cluster has no hosts"
     assert rejected(lab) == {}
 
 

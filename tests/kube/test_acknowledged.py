@@ -106,7 +106,7 @@ def test_a_newcomer_gets_it_also_when_another_replica_tells_of_it_later(lab: Kub
     eventually(lambda: is_refused(lab))
     lab.apply(provider(f"{NAMESPACE}/moonshot", MOONSHOT, KEYS[MOONSHOT], "one"))
     eventually(lambda: model(lab, MOONSHOT) == "one")
-    assert model(lab, DASHSCOPE) == "404", "to the routes, a plain provider is its cluster"
+    assert model(lab, DASHSCOPE) == "503", "its cluster has no hosts"
 
     kind = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {NAME}}}"
     lab.apply(f"{kind}\nbinaryData: {{{name}: {text}}}\n")

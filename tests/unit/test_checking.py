@@ -31,7 +31,7 @@ def test_it_stays_in_its_last_good_version() -> None:
 def test_one_that_restricts_never_opens(before: str) -> None:
     """Where nothing was restricted before, nothing is let through; otherwise the last good version stays."""
     closed, opened, other = (cluster("a", alt_stat_name=name) for name in ("closed", "open", "other"))
-    guard = Guard(open=opened.version, closed=closed)
+    guard = Guard(open=opened.version, closed=lambda: closed)
     bad = Resource.of(protos.Cluster(name="a", connect_timeout={"seconds": -1}), guard=guard)
     known = {"nothing": {}, "open": {(CDS, "a"): opened}, "other": {(CDS, "a"): other}}
     served, wrong = ResourceChecker().check([bad], known[before])

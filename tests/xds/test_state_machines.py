@@ -2,6 +2,7 @@
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
 import weakref
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -499,7 +500,7 @@ def test_what_restricts_is_closed_rather_than_open(before: str) -> None:
     good = Resource.of(protos.Cluster(name="a", alt_stat_name=before))
     opened = Resource.of(protos.Cluster(name="a", alt_stat_name="open"))
     closed = Resource.of(protos.Cluster(name="a", alt_stat_name="closed"))
-    refused = Resource.of(protos.Cluster(name="a"), guard=Guard(opened.version, closed))
+    refused = Resource.of(protos.Cluster(name="a"), guard=Guard(opened.version, lambda: closed))
     group = group_of(good)
     proxy, newcomer = DeltaProxy(group), DeltaProxy(group)
     settle(proxy)
@@ -538,6 +539,29 @@ def test_refused_version_after_a_restart_keeps_what_proxies_have() -> None:
         settle(each)
     assert proxy.has[CDS]["a"] == resource(CDS, "a", 1).version
     assert newcomer.has[CDS].keys() == {"b"}
+
+
+def test_what_is_held_and_closes_is_for_those_who_have_nothing() -> None:
+    """Who has another version keeps it, and what closes is never taken for a good one."""
+    closed = Resource.of(protos.Cluster(name="a", alt_stat_name="closed"), held=True)
+    guard = Guard("", lambda: closed)
+    versions = [replace(resource(CDS, "a", content), guard=guard) for content in (BAD, ALSO_BAD)]
+    archive = DictArchive()
+    snapshot = Snapshot(versions[:1])
+    group = Group("group", snapshot, identifier="test", numbers=count(1), recent=Recent(), archive=archive)
+    proxy, newcomer = DeltaProxy(group), DeltaProxy(group)
+    proxy.has[CDS] = {"a": resource(CDS, "a", 1).version}
+    proxy.connect()
+    for each in (proxy, newcomer):
+        settle(each)
+    assert proxy.has[CDS] == {"a": resource(CDS, "a", 1).version}
+    assert newcomer.has[CDS] == {"a": closed.version}
+    group.publish(Snapshot(versions[1:]))
+    for each in (newcomer, proxy):
+        settle(each)
+    assert proxy.has[CDS] == {"a": resource(CDS, "a", 1).version}
+    assert newcomer.has[CDS] == {"a": closed.version}
+    assert not archive
 
 
 @pytest.mark.parametrize("placeholder", [True, False])
