@@ -1,14 +1,14 @@
 """What a control plane needs to be asked by the API server: a certificate, the webhooks, and its trust."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from llmplane.address import Address
 from llmplane.auth import ServerCertificate
+from llmplane.background import running
 from llmplane.injection import InjectionSettings
 from llmplane.kubeapi import Api
 from llmplane.leader import Leader
@@ -42,16 +42,7 @@ async def admitting(api: Api, leader: Leader, admission: Admission) -> AsyncIter
         )
         try:
             await server.start(admission.address)
-            tasks = [
-                asyncio.create_task(ca.run()),
-                asyncio.create_task(keep_trusted(api, leader, lambda: ca.bundle)),
-            ]
-            try:
+            async with running(ca.run(), keep_trusted(api, leader, lambda: ca.bundle)):
                 yield ca
-            finally:
-                for task in tasks:
-                    task.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await task
         finally:
             await server.stop()

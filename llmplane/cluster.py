@@ -1,12 +1,12 @@
 """The control plane of a Kubernetes cluster: its objects in, their status back."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from llmplane.admission import Admission, admitting
 from llmplane.auth import FileAuthenticator
+from llmplane.background import running
 from llmplane.controlplane import ControlPlane
 from llmplane.kubeapi import Api, NoClusterError
 from llmplane.kubestatus import StatusWriter
@@ -50,19 +50,12 @@ async def connected(
         writer = StatusWriter(
             api, leader, source.entries, control_plane.objects, lambda: bool(control_plane.server.groups())
         )
-        tasks = [asyncio.create_task(each) for each in (writer.run(), source.acknowledged.write())]
-        try:
-            async with AsyncExitStack() as stack:
-                ca = None
-                if admission:
-                    ca = await stack.enter_async_context(admitting(api, leader, admission))
-                yield control_plane, authenticator, ca
-        finally:
-            for task in tasks:
-                task.cancel()
-            for task in tasks:
-                with suppress(asyncio.CancelledError):
-                    await task
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(running(writer.run(), source.acknowledged.write()))
+            ca = None
+            if admission:
+                ca = await stack.enter_async_context(admitting(api, leader, admission))
+            yield control_plane, authenticator, ca
     finally:
         if isinstance(authenticator, AccountAuthenticator):
             await authenticator.close()

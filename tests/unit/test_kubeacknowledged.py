@@ -5,7 +5,7 @@ import base64
 import gzip
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from llmplane import kubeacknowledged
 from llmplane.acknowledged import Refused
+from llmplane.background import running
 from llmplane.kubeacknowledged import NAME, AcknowledgedConfigMap, merged
 from llmplane.kubeapi import Api
 from tests.support.kubeapi import FakeApi
@@ -47,17 +48,11 @@ async def replica(api: Api) -> AsyncIterator[AcknowledgedConfigMap]:
     """Run what a replica runs, from when it has read what there is."""
     synced = asyncio.Event()
     archive = AcknowledgedConfigMap(api, synced.set)
-    tasks = [asyncio.create_task(each) for each in (archive.reflector.run(), archive.write())]
-    async with asyncio.timeout(60):
-        await synced.wait()
-    try:
+    async with running(archive.reflector.run(), archive.write()):
+        async with asyncio.timeout(60):
+            await synced.wait()
         assert archive.reflector.is_synced
         yield archive
-    finally:
-        for task in tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
 
 async def when(condition: Callable[[], object]) -> None:
