@@ -27,7 +27,7 @@ from translator.clusters import HOST_METADATA
 from translator.dns import dns_filter
 from translator.listeners import connection_manager
 from translator.proxy import Proxy
-from translator.routes import LOWER_CASE_HOST, RouteTable
+from translator.routes import NORMAL_HOST, RouteTable
 from translator.world import World
 from xds import protos
 
@@ -139,11 +139,11 @@ def _connection_manager(world: World, proxy: Proxy, *, scoped: bool) -> Message:
     made.local_reply_config.mappers.extend(mappers)
     for upgrade in ("websocket", "CONNECT"):  # a route of what passes through switches them on
         made.upgrade_configs.add(upgrade_type=upgrade, enabled={"value": False})
-    filters = [each for each in made.http_filters if each.name != LOWER_CASE_HOST]
+    filters = [each for each in made.http_filters if each.name != NORMAL_HOST]
     del made.http_filters[:]
     if scoped:
         made.scoped_routes.scope_key_builder.fragments[0].header_value_extractor.name = BUCKET_HEADER
-    first = route_filters(proxy, scoped=scoped)
+    first = route_filters(world, proxy, scoped=scoped)
     made.http_filters.extend([*first, *filters[:-1], cleaner(), filters[-1]])
     return made
 

@@ -17,9 +17,11 @@ from google.protobuf.message import Message
 from translator import scopes
 from translator.memory import Memory
 from translator.parts import Collection, Part
+from translator.plain_providers import PLAIN, PLAIN_CLUSTER, cluster_name_script
 from translator.proxy import Proxy
-from translator.routes import PLAIN, PLAIN_CLUSTER, ROUTES_HEADER, HostRoutes, RouteTable, has_catch_all
+from translator.routes import ROUTES_HEADER, HostRoutes, RouteTable, has_catch_all
 from translator.rules import NOT_FORWARDED
+from translator.world import World
 from xds import protos
 from xds.resources import Resource
 
@@ -71,15 +73,15 @@ _SWITCHES = {
     _CLUSTER_NAME: protos.pack(protos.FilterConfig(config={})),
     _FIND_CLUSTER: protos.pack(protos.FilterConfig(config=_FIND)),
 }
-_NOT_NORMAL = r".*([A-Z].*|\.|:[0-9]+)"
-"""A host that is not as clusters are named after it: in upper case, with a last dot or a port."""
+_WITH_DOT_OR_PORT = r".*(\.|:[0-9]+)"
+"""A host with a last dot or a port, which are not in the names of clusters."""
 _NO_TIMEOUT = timedelta()
 
 _HOST = f"""
 function envoy_on_request(handle)
   local headers = handle:headers()
   local host = headers:get(":authority"):lower():gsub(":%d+$", ""):gsub("%.$", "")
-  headers:replace("{ROUTES_HEADER}", "{PLAIN}" .. host)
+  headers:replace("{ROUTES_HEADER}", cluster_name(host))
 """
 """Begins a script: names the cluster that a plain provider with the host of a request has."""
 _NAME_CLUSTER = f"""{_HOST}
@@ -108,16 +110,18 @@ def early_mutations(proxy: Proxy) -> list[dict[str, Any]]:
     return [own, *keep, *([name_cluster] if has_catch_all(proxy) else [])]
 
 
-def route_filters(proxy: Proxy, *, scoped: bool) -> Iterator[Message]:
+def route_filters(world: World, proxy: Proxy, *, scoped: bool) -> Iterator[Message]:
     """Make the listener's first filters, by which a request gets its route.
 
     With scopes there is no route at first that could switch a filter on; so all of them are on.
     """
+    cluster_name = cluster_name_script(proxy.namespace, world.mesh.cluster_domain)
     if scoped:
-        yield protos.HttpFilter(name="bucket", typed_config=_lua(_CHOOSE_BUCKET))
+        yield protos.HttpFilter(name="bucket", typed_config=_lua(cluster_name + _CHOOSE_BUCKET))
     if has_catch_all(proxy):
         if not scoped:
-            yield protos.HttpFilter(name=_CLUSTER_NAME, typed_config=_lua(_NAME_CLUSTER), disabled=True)
+            name = _lua(cluster_name + _NAME_CLUSTER)
+            yield protos.HttpFilter(name=_CLUSTER_NAME, typed_config=name, disabled=True)
         find = protos.pack(protos.SetFilterState(clear_route_cache=True))
         yield protos.HttpFilter(name=_FIND_CLUSTER, typed_config=find, disabled=not scoped)
 
@@ -261,8 +265,10 @@ def _plain(catch_all: Any, passthrough: Any) -> Iterator[Message]:
     nothing = {"key": _FOUND, "string_match": {"exact": "-"}}
     passthrough.match.filter_state.add(**nothing)
     yield passthrough
-    is_odd = {"name": ROUTES_HEADER, "string_match": {"safe_regex": {"regex": _NOT_NORMAL}}}
-    for headers, filters in (([is_odd], (_CLUSTER_NAME, _FIND_CLUSTER)), ([], (_FIND_CLUSTER,))):
+    otherwise = protos.HeaderMatcher()
+    otherwise.CopyFrom(catch_all.routes[0].match.headers[0])
+    otherwise.string_match.safe_regex.regex += f"|{_WITH_DOT_OR_PORT}"
+    for headers, filters in (([otherwise], (_CLUSTER_NAME, _FIND_CLUSTER)), ([], (_FIND_CLUSTER,))):
         yield protos.Route(
             name=_PASSTHROUGH_ROUTE,
             match={"prefix": "/", "headers": headers},

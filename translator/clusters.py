@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from crds.llmprovider import MAX_REQUEST_BYTES, ConnectionPool, LLMProvider, OutlierDetection
 from translator import lua, older_envoy, secrets
 from translator.endpoints import cluster_of, is_ip
+from translator.errors import LIMIT_METADATA
 from translator.features import Feature
 from translator.hosts import authority, stat_name
 from translator.operations import operations
@@ -21,6 +22,8 @@ from translator.world import MeshSettings
 from xds import protos
 
 _UNLIMITED = 2**32 - 1
+BUFFER_SLACK = 64 * 1024
+"""Envoy refuses a body that just fits into its buffer, and rounds limits below 1 MiB up to it."""
 HOST_METADATA = ("llm", "host")
 """Namespace and key of a cluster's metadata that hold the host of its provider."""
 _ADS = {"ads": {}, "resource_api_version": "V3"}
@@ -38,25 +41,37 @@ class Destination:
     """A provider as one rule uses it; each distinct one is a cluster."""
 
     provider: LLMProvider
+    host: str
+    """The provider's host, of a Service its short name."""
     rule: str | None
     """Name of the ``routeSpecificConfigs`` entry, None for ``defaultConfig``."""
     host_rewrite: str | None
     """``:authority`` to send, where it is not the provider's host."""
 
     @classmethod
-    def of(cls, provider: LLMProvider, rule: str | None = None, host_rewrite: str | None = None) -> Self:
-        """Normalise: a rule without an entry uses the default, a rewrite to the own host is none."""
+    def of(
+        cls, provider: LLMProvider, host: str, rule: str | None = None, host_rewrite: str | None = None
+    ) -> Self:
+        """Normalise: a rule without an entry uses the default, a rewrite to the own host is none.
+
+        ``host`` is the short name of the provider's host (translator.hosts).
+        """
         return cls(
             provider,
+            host,
             rule if rule in provider.spec.configs.route_specific_configs else None,
             host_rewrite if host_rewrite != provider.spec.host else None,
         )
 
     @property
     def cluster_name(self) -> str:
-        """Istio's ``outbound|<port>|<subset>|<host>``, the rule's name in the subset's place."""
+        """Istio's ``outbound|<port>|<subset>|<host>``, the rule's name in the subset's place.
+
+        It stays the same whatever changes of the provider, so that an Envoy that refuses the change, and
+        those that come later, keep the version before.
+        """
         subset = (self.rule or "") + (f"@{self.host_rewrite}" if self.host_rewrite else "")
-        return f"outbound|{self.provider.spec.port}|{subset}|{self.provider.spec.host}"
+        return f"outbound|443|{subset}|{authority(self.host)}"
 
     def __eq__(self, other: object) -> bool:
         """Two uses are one when they make the same cluster (a host has one provider for a proxy)."""
@@ -93,6 +108,9 @@ def cluster(target: Destination, mesh: MeshSettings, proxy: Proxy, *, client_cer
     made.circuit_breakers.CopyFrom(circuit_breakers(pool))
     # Metrics show it, also for requests that no host of the cluster got.
     made.metadata.filter_metadata[HOST_METADATA[0]].update({HOST_METADATA[1]: spec.host})
+    if spec.max_request_bytes != MAX_REQUEST_BYTES:
+        namespace, key = LIMIT_METADATA
+        made.metadata.filter_metadata[namespace].update({key: str(spec.max_request_bytes)})
     if spec.tls.mode != "DISABLE":
         made.transport_socket.CopyFrom(_tls(target.provider, client_certificate=client_certificate))
     if outliers is not None:
@@ -117,14 +135,18 @@ def closed_cluster(target: Destination) -> Message:
 def _upstream_filters(target: Destination, mesh: MeshSettings, proxy: Proxy) -> list[dict[str, Any]]:
     provider = target.provider
     config = provider.spec.config_for(target.rule)
-    limit = provider.spec.max_request_bytes
+    limit = None if provider.spec.max_request_bytes == MAX_REQUEST_BYTES else provider.spec.max_request_bytes
     context = lua.filter_context(
         authority(target.host_rewrite or provider.spec.host),
         operations(provider.spec, config),
         mesh.config.llm_metrics.max_client_models,
-        None if limit == MAX_REQUEST_BYTES else limit,
+        limit,
     )
     filters = [("llm.provider", _lua(context, proxy))]
+    if limit is not None:
+        largest = min(limit + BUFFER_SLACK, _UNLIMITED)
+        # In front: it bounds what Envoy holds for the script, in place of the limit of the route.
+        filters.insert(0, ("llm.limit", protos.Buffer(max_request_bytes={"value": largest})))
     key = secrets.api_key_name(provider, target.rule)
     if key is not None:
         filters.append(("llm.key", _credential_injector(key, proxy)))

@@ -17,7 +17,7 @@ from crds.telemetry import AccessLogging, Metrics, Telemetry, Tracing
 from translator import api_keys, authentication, authorization, global_rate_limits, rate_limits, secrets
 from translator.backends import BackendNotFoundError, UnsupportedBackendError, backend
 from translator.gateways import intersection, merge, typical_proxies
-from translator.hosts import domains
+from translator.hosts import domains, short_name
 from translator.memory import Memory
 from translator.telemetry import is_general
 from translator.world import MESH, World, selector_labels
@@ -93,12 +93,14 @@ def _resolved(reason: str, findings: Iterable[Finding]) -> Condition:
 def _lost_providers(world: World) -> Iterator[tuple[ObjectKey, Condition]]:
     """Find the providers that lose their host to another one of their namespace (design decision 7).
 
+    The names of a Service are one host.
     Between namespaces, and between a selector and none, the more specific one is meant to win: no conflict.
     """
     for namespace, providers in world.providers.items():
-        if len({provider.spec.host for provider in providers}) == len(providers):
+        by_host = world.providers_by_host[namespace]
+        if len(by_host) == len(providers):
             continue
-        for of_host in world.providers_by_host[namespace].values():
+        for of_host in by_host.values():
             same = sorted(of_host, key=lambda p: not selector_labels(p))
             for position, loser in enumerate(same):
                 theirs = selector_labels(loser)
@@ -285,6 +287,7 @@ def _backends(world: World, route: LLMRoute, hints: "_Hints") -> Condition:
     """Look every backendRef, and every gateway, up; providers among those that its workloads can get."""
     namespaces, where = _namespaces_of(world, route)
     hosts = [world.providers_by_host.get(namespace, {}) for namespace in namespaces]
+    domain = world.mesh.cluster_domain
     findings = list(_unknown_gateways(world, route))
     reason = "GatewayNotFound" if findings else "BackendNotFound"
     for i, rule in enumerate(route.spec.rules):
@@ -299,7 +302,11 @@ def _backends(world: World, route: LLMRoute, hints: "_Hints") -> Condition:
                 except BackendNotFoundError as error:
                     findings.append(Finding((*path, "backendRef"), f"{error}; its share is answered 503"))
             elif ref.provider_host is not None:
-                providers = [provider for by_host in hosts for provider in by_host.get(ref.provider_host, ())]
+                providers = [
+                    provider
+                    for namespace, by_host in zip(namespaces, hosts, strict=True)
+                    for provider in by_host.get(short_name(ref.provider_host, namespace, domain), ())
+                ]
                 if any(provider.exported_to(route.namespace) for provider in providers):
                     continue
                 text = f"no LLMProvider with host {ref.provider_host} in {where} (its share is answered 503)"

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from crds.problems import ObjectKey
 from translator.endpoints import is_ip
-from translator.hosts import service_name
+from translator.hosts import service_name, short_name
 from translator.proxy import Proxy
 from translator.routes import HostRoutes, RouteTable
 from translator.world import World
@@ -40,10 +40,10 @@ def dns_filter(world: World, proxy: Proxy, table: RouteTable) -> Message:
 
 
 def _virtual_domains(world: World, proxy: Proxy, table: RouteTable) -> Iterator[dict[str, Any]]:
-    providers = world.providers_for(proxy)
+    providers, domain = world.providers_for(proxy), world.mesh.cluster_domain
     for host, name in _named(table):
-        provider = providers.get(name)
-        resolved = provider is not None and any(address == name for address, _ in provider.spec.addresses)
+        provider = providers.get(short_name(name, proxy.namespace, domain))
+        resolved = provider is not None and provider.spec.host in dict(provider.spec.addresses)
         if resolved or _has_address(world, name, host.objects[0].namespace):
             continue
         addresses = _virtual_addresses(host.place, with_ipv6=proxy.has_ipv6)
@@ -63,7 +63,7 @@ def _named(table: RouteTable) -> Iterator[tuple[HostRoutes, str]]:
         if host.objects:
             yield host, virtual_host.name
     for host in table.plain:
-        yield host, host.names[0]
+        yield host, host.destinations[0].provider.spec.host
 
 
 def _has_address(world: World, host: str, namespace: str) -> bool:

@@ -16,7 +16,7 @@ JSON = "application/json"
 LUA_METADATA = "llm"
 """Dynamic metadata namespace in which the Lua script marks its own answers (key ``error``)."""
 LIMIT_METADATA = ("llm.limits", "maxRequestBytes")
-"""Namespace and key of the metadata in which a route with a limit of its own tells it."""
+"""Namespace and key of the metadata in which the cluster of a provider with a limit of its own tells it."""
 
 _NO_API_KEY = ("missing_api_key", "unknown_api_key", "unkonwn_api_key", "missing_credentials")
 """Response code details of the API key filter; the misspelt one is that of older Envoys."""
@@ -97,8 +97,10 @@ def local_reply_config() -> Message:
                 "provider_key_missing",
             ),
             _error(
-                _cel(f'response.code == 413 && "{LIMIT_METADATA[0]}" in xds.route_metadata.filter_metadata'),
-                f"The request body is larger than %METADATA(ROUTE:{':'.join(LIMIT_METADATA)})% bytes.",
+                _cel(
+                    f'response.code == 413 && "{LIMIT_METADATA[0]}" in xds.cluster_metadata.filter_metadata'
+                ),
+                f"The request body is larger than %METADATA(CLUSTER:{':'.join(LIMIT_METADATA)})% bytes.",
                 "invalid_request_error",
                 "request_too_large",
             ),
@@ -222,6 +224,10 @@ _TUNNEL = {
         ]
     }
 }
+
+_HAS_OWN_LIMIT = _cel(
+    f'response.code == 413 && "{LIMIT_METADATA[0]}" in xds.cluster_metadata.filter_metadata'
+)
 
 _UNKNOWN_HOST = {"and_filter": {"filters": [_status(404), _flags("NR", "NC")]}}
 """No route, or on a sidecar no cluster of the host's name (translator.routes)."""

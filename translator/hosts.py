@@ -4,19 +4,39 @@ SERVICE_PART = ".svc"
 """What follows a Service's name and namespace in the longer forms of its DNS name."""
 
 
+def is_bare(host: str) -> bool:
+    """Whether a host is a Service's bare name, which is another Service in each namespace."""
+    return "." not in host and ":" not in host and host != "*"
+
+
 def service_name(host: str, namespace: str, domain: str) -> tuple[str, str] | None:
-    """Read ``host`` as a Service: (name, namespace), or None where it is an external host.
+    """Read ``host`` as a Service: (name, namespace), or None where it is an external host or a wildcard.
 
     A name without a dot is a Service of ``namespace``, as in Istio's VirtualService; the longer forms are
     recognised by their ``svc`` part.
     """
     if "." not in host:
-        return (host, namespace) if host != "*" and ":" not in host else None
+        return (host, namespace) if is_bare(host) else None
     parts = host.removesuffix(f"{SERVICE_PART}.{domain}").removesuffix(SERVICE_PART)
-    if parts == host or parts.count(".") != 1:
+    if parts == host or parts.count(".") != 1 or host.startswith("*"):
         return None
     name, _, of = parts.partition(".")
     return name, of
+
+
+def short_name(host: str, namespace: str, domain: str) -> str:
+    """Return what all names of a Service have in common, NAME.NAMESPACE; any other host is left as it is.
+
+    A name without a dot is a Service of ``namespace``. `plain_providers.cluster_name_script` does the same.
+    """
+    service = service_name(host, namespace, domain)
+    return host if service is None else ".".join(service)
+
+
+def names_of(short: str, namespace: str, domain: str) -> list[str]:
+    """Return all hosts with this short name for a client in ``namespace``."""
+    is_service = short.count(".") == 1 and ":" not in short
+    return domains(f"{short}{SERVICE_PART}" if is_service else short, "", namespace, domain)
 
 
 def authority(host: str) -> str:

@@ -12,8 +12,14 @@ from translator.certificates import server_context
 from translator.errors import local_reply_config
 from translator.gateways import GatewayListener
 from translator.hosts import SERVICE_PART
+from translator.plain_providers import (
+    HAS_UPPER_CASE,
+    PLAIN_CLUSTER,
+    cluster_name_script,
+    is_written_otherwise,
+)
 from translator.proxy import Proxy, ProxyType
-from translator.routes import LOWER_CASE_HOST, PLAIN_CLUSTER, ROUTES_HEADER, has_catch_all
+from translator.routes import NORMAL_HOST, ROUTES_HEADER, has_catch_all
 from translator.world import World
 from xds import protos
 
@@ -39,14 +45,17 @@ _FORWARDED = (
 )
 """What trusted proxies do not tell: all but the client's addresses (-for) and its scheme (-proto)."""
 
-_LOWER_CASE_HOST = """
+_NORMAL_HOST = """
 function envoy_on_request(handle)
   local headers = handle:headers()
-  for _, name in ipairs({%s}) do headers:replace(name, headers:get(name):lower()) end
+  local host = headers:get(":authority"):lower()
+  headers:replace(":authority", host)%s
   handle:clearRouteCache()
 end
 """
 """Scopes and clusters are compared letter by letter; with the cleared cache, Envoy looks for both anew."""
+_NAME_CLUSTER = f"""
+  headers:replace("{ROUTES_HEADER}", cluster_name(host))"""
 
 
 def sidecar_listener(world: World, proxy: Proxy, *, scoped: bool) -> Message | None:
@@ -117,7 +126,7 @@ def connection_manager(world: World, proxy: Proxy, routes: str, *, scoped: bool)
         stream_idle_timeout=timedelta(),
         local_reply_config=local_reply_config(),
         http_filters=[
-            *_lower_case_host(proxy, scoped=scoped),
+            *_normal_host(world, proxy, scoped=scoped),
             *policies.filters(world, proxy),
             {
                 "name": "envoy.filters.http.router",
@@ -181,33 +190,39 @@ def _scoped_routes(name: str, proxy: Proxy) -> dict[str, Any]:
     }
 
 
-def _lower_case_host(proxy: Proxy, *, scoped: bool) -> list[dict[str, Any]]:
-    """Make the filter that turns the host into lower case; where it is, as nearly always, nothing runs.
+def _normal_host(world: World, proxy: Proxy, *, scoped: bool) -> list[dict[str, Any]]:
+    """Make the filter that writes the host in lower case, and which cluster is a Service's by its short name.
 
-    Scopes are looked for before there is a route, which otherwise would switch the filter on.
+    Where the host is written so, as nearly always, nothing runs. Scopes are looked for before there is a
+    route, which otherwise would switch the filter on.
     """
-    headers = [":authority", *([ROUTES_HEADER] if has_catch_all(proxy) else [])]
-    text = _LOWER_CASE_HOST % ", ".join(f'"{name}"' for name in headers)
+    domain, regex, text = world.mesh.cluster_domain, HAS_UPPER_CASE, _NORMAL_HOST % ""
+    if has_catch_all(proxy):
+        regex = is_written_otherwise(domain)
+        text = cluster_name_script(proxy.namespace, domain) + _NORMAL_HOST % _NAME_CLUSTER
     if not scoped:
         script = protos.Lua(default_source_code={"inline_string": text})
-        disabled = {"name": LOWER_CASE_HOST, "typed_config": protos.pack(script), "disabled": True}
+        disabled = {"name": NORMAL_HOST, "typed_config": protos.pack(script), "disabled": True}
         return [disabled] if has_catch_all(proxy) else []
     script = {"@type": _TYPES + _LUA, "default_source_code": {"inline_string": text}}
     header = {
         "@type": _TYPES + "envoy.type.matcher.v3.HttpRequestHeaderMatchInput",
         "header_name": ":authority",
     }
-    is_lower_case = {
+    otherwise = {
         "single_predicate": {
             "input": {"name": "host", "typed_config": header},
-            "value_match": {"safe_regex": {"google_re2": {}, "regex": "[^A-Z]*"}},
+            "value_match": {"safe_regex": {"google_re2": {}, "regex": regex}},
         }
     }
     skip = {"@type": _TYPES + "envoy.extensions.filters.common.matcher.action.v3.SkipFilter"}
     matcher = {
         "matcher_list": {
             "matchers": [
-                {"predicate": is_lower_case, "on_match": {"action": {"name": "skip", "typed_config": skip}}}
+                {
+                    "predicate": {"not_matcher": otherwise},
+                    "on_match": {"action": {"name": "skip", "typed_config": skip}},
+                }
             ]
         }
     }
@@ -218,4 +233,4 @@ def _lower_case_host(proxy: Proxy, *, scoped: bool) -> list[dict[str, Any]]:
             "xds_matcher": matcher,
         },
     )
-    return [{"name": LOWER_CASE_HOST, "typed_config": protos.pack(filter_)}]
+    return [{"name": NORMAL_HOST, "typed_config": protos.pack(filter_)}]

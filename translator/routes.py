@@ -3,9 +3,9 @@
 On a sidecar each LLMRoute of the mesh, and each LLMProvider without one. On a gateway what LLMRoutes attach
 to its Gateways, as VirtualServices do in Istio (networking/v1alpha3/gateway.proto, ``hosts``).
 
-A changed route configuration is made anew by Envoy, all of it. So on a sidecar plain providers, nearly all
-of those without an LLMRoute, have no virtual host of their own: a catch-all virtual host leads to the cluster
-that is named after the request's host, and to add a provider is to add a cluster.
+A changed route configuration is made anew by Envoy, all of it. So on a sidecar providers without an LLMRoute
+have no virtual host of their own: a catch-all virtual host leads to the cluster that is named after the
+request's host, and to add a provider is to add a cluster (translator.plain_providers).
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple, Self
 
@@ -25,10 +26,11 @@ from translator.backends import Backend
 from translator.clusters import Destination
 from translator.features import Feature
 from translator.gateways import Chain, intersection
-from translator.hosts import SERVICE_PART, authority, domains, scope_key, service_name
+from translator.hosts import authority, domains, names_of, scope_key, service_name, short_name
 from translator.memory import Memory
+from translator.plain_providers import PLAIN, is_written_otherwise
 from translator.proxy import Proxy, ProxyType
-from translator.rules import NOT_FORWARDED, Rules, Targets, applies, body_limit, sending
+from translator.rules import NOT_FORWARDED, Rules, Targets, applies, sending
 from translator.world import MESH, MeshSettings, World
 from xds import protos
 
@@ -36,14 +38,8 @@ ROUTES_HEADER = "x-envoy-llmplane-routes"
 """What a listener tells its routes: a sidecar's, the cluster of the plain provider that has the request's
 host, if there is one; a gateway's, which listener it is (translator.scopes). Clients cannot set it."""
 
-LOWER_CASE_HOST = "lower_case_host"
-"""Name of a listener's filter that turns the host, and the cluster's name with it, into lower case."""
-
-PLAIN = "outbound|443||"
-"""What stands before the host in the name of a plain provider's cluster."""
-
-PLAIN_CLUSTER = f"{PLAIN}%REQ(:authority)%"
-"""That name in Envoy's substitution format."""
+NORMAL_HOST = "normal_host"
+"""Name of a listener's filter that writes the host as routes and clusters are named."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +62,7 @@ class HostRoutes:
     secrets: tuple[ObjectKey, ...]
     """The Secrets that the providers among the destinations refer to."""
     reachable: tuple[str, ...]
-    """The hosts that the catch-all virtual host, if it took them, would lead to one of the clusters."""
+    """The hosts of clusters to which the catch-all virtual host, if it took their names, would lead."""
 
     @classmethod
     def of(
@@ -81,8 +77,6 @@ class HostRoutes:
     ) -> Self:
         """Put them together."""
         leads_to, services = tuple(destinations), tuple(backends)
-        clusters = [target.cluster_name for target in leads_to]
-        clusters += [service.cluster_name for service in services]
         return cls(
             virtual_host,
             names.all,
@@ -93,7 +87,10 @@ class HostRoutes:
             _hash(names.bucket),
             removes,
             tuple(dict.fromkeys(key for target in leads_to for key in target.provider.secrets)),
-            tuple(name.removeprefix(PLAIN) for name in clusters if name.startswith(PLAIN)),
+            (
+                *(target.host for target in leads_to if not target.rule and not target.host_rewrite),
+                *(service.host for service in services if service.cluster_name == PLAIN + service.host),
+            ),
         )
 
 
@@ -161,14 +158,19 @@ def route_table(world: World, proxy: Proxy, name: str, memory: Memory | None = N
     routed = tuple(wildcards)
     plain: list[HostRoutes] = []
     for host in sorted(maker.providers):
-        made = None if host.endswith(routed) else maker.of_provider(maker.providers[host], taken)
+        made = maker.of_provider(maker.providers[host], taken, routed)
         if made is not None:
             taken.update(made.names)
             (plain if made.virtual_host is maker.catch_all else hosts).append(made)
     catch_all = None if "*" in taken else maker.catch_all
     if catch_all is not None:
-        reachable = {host for of in hosts for host in of.reachable if not host.endswith(routed)}
-        hosts += [maker.of_nobody(host) for host in sorted(reachable) if authority(host) not in taken]
+        served = {target.host for of in plain for target in of.destinations}
+        domain = world.mesh.cluster_domain
+        reachable = {host for of in hosts for host in of.reachable} - served
+        for host in sorted(host for host in reachable if short_name(host, "", domain) == host):
+            made = maker.of_nobody(host, taken, routed)
+            if made is not None:
+                hosts.append(made)
     return RouteTable(
         name,
         tuple(hosts),
@@ -252,18 +254,15 @@ class _Names(NamedTuple):
     @classmethod
     def of(cls, host: str, namespace: str, world: World, proxy: Proxy) -> Self:
         """Return all names by which a client beside a proxy may call a host of an object's namespace."""
-        names = domains(host, namespace, proxy.namespace, world.mesh.cluster_domain)
-        main = names[-1].removesuffix(f"{SERVICE_PART}.{world.mesh.cluster_domain}")
+        domain = world.mesh.cluster_domain
+        names = domains(host, namespace, proxy.namespace, domain)
+        main = authority(short_name(host, namespace, domain))
         return cls(tuple(names), main, cls._bucket(main, proxy))
 
-    def without(self, taken: AbstractSet[str]) -> "_Names":
-        """Return those that no other object has."""
-        return self._replace(all=tuple(name for name in self.all if name not in taken))
-
-    @classmethod
-    def of_one(cls, name: str, proxy: Proxy) -> Self:
-        """Return the names of a host that has only this one."""
-        return cls((name,), name, cls._bucket(name, proxy))
+    def without(self, taken: AbstractSet[str], endings: tuple[str, ...] = ()) -> "_Names":
+        """Return those that no other object has, by itself or by its ending."""
+        names = (name for name in self.all if name not in taken and not name.endswith(endings))
+        return self._replace(all=tuple(names))
 
     @staticmethod
     def _bucket(name: str, proxy: Proxy) -> str:
@@ -338,20 +337,25 @@ class _Maker:
             removes=self._removes,
         )
 
-    def of_provider(self, provider: LLMProvider, taken: AbstractSet[str]) -> HostRoutes | None:
+    def of_provider(
+        self, provider: LLMProvider, taken: AbstractSet[str], routed: tuple[str, ...]
+    ) -> HostRoutes | None:
         """Make the virtual host of a provider without a route, with the names that are not taken.
 
-        None if there is no such name, or if the provider is not exported to the proxy's namespace.
+        None if there is no such name, or if the provider is not exported to the proxy's namespace. ``routed``
+        are endings of names that LLMRoutes with a wildcard host take.
         """
         # Nearly all providers are the same for all proxies: then this is all that a provider costs.
         made = self._for_all.recall(id(provider), provider, lambda: self._made_for_all(provider))
         if made is None:
             made = self._for_namespace.recall(id(provider), provider, lambda: self._made_here(provider))
-        if made is None or taken.isdisjoint(made.names):
+        if made is None:
+            return None
+        if taken.isdisjoint(made.names) and not (routed and any(n.endswith(routed) for n in made.names)):
             return made
-        names = self._names(provider).without(taken)
-        key = (id(provider), names)
-        return self._for_all.recall(key, provider, lambda: self._made(provider, names)) if names.all else None
+        names = self._names(provider).without(taken, routed)
+        make = partial(self._made, provider, names)
+        return self._for_namespace.recall((id(provider), names), provider, make) if names.all else None
 
     def _names(self, provider: LLMProvider) -> _Names:
         return _Names.of(provider.spec.host, self._proxy.namespace, self._world, self._proxy)
@@ -370,12 +374,11 @@ class _Maker:
         return self._made(provider, self._names(provider))
 
     def _made(self, provider: LLMProvider, names: _Names) -> HostRoutes:
-        target, limit = Destination.of(provider), body_limit([provider])
-        is_plain = names.all == (provider.spec.host,) and target.cluster_name == PLAIN + names.main
-        if self.catch_all is not None and is_plain and not limit:
-            made = self.catch_all
-        else:
-            route = self._default_route({"cluster": target.cluster_name}, **limit)
+        short = short_name(provider.spec.host, self._proxy.namespace, self._world.mesh.cluster_domain)
+        target = Destination.of(provider, short)
+        made = self.catch_all
+        if made is None:
+            route = self._default_route({"cluster": target.cluster_name})
             made = self._virtual_host(provider.spec.host, names.all, [route])
         return HostRoutes.of(made, names, (target,), (), (provider.key,), removes=self._removes)
 
@@ -392,25 +395,31 @@ class _Maker:
 
     def _made_catch_all(self) -> Message:
         by_host = {"cluster_header": ROUTES_HEADER, "cluster_not_found_response_code": "NOT_FOUND"}
-        has_upper_case = {"name": ":authority", "string_match": {"safe_regex": {"regex": ".*[A-Z].*"}}}
+        regex = is_written_otherwise(self._world.mesh.cluster_domain)
+        otherwise = {"name": ":authority", "string_match": {"safe_regex": {"regex": regex}}}
         enabled = protos.FilterConfig(config={})
-        filters = {LOWER_CASE_HOST: protos.pack(enabled)}
+        filters = {NORMAL_HOST: protos.pack(enabled)}
         routes = [
-            self._default_route(by_host, [has_upper_case], typed_per_filter_config=filters),
+            self._default_route(by_host, [otherwise], typed_per_filter_config=filters),
             self._default_route(by_host),
         ]
         return self._virtual_host("plain providers", ["*"], routes)
 
-    def of_nobody(self, host: str) -> HostRoutes:
-        """Make the virtual host of a name that the catch-all virtual host must not take.
+    def of_nobody(self, short: str, taken: AbstractSet[str], routed: tuple[str, ...]) -> HostRoutes | None:
+        """Make the virtual host of names that the catch-all virtual host must not take; None: all are taken.
 
-        It would lead to a cluster that is there for LLMRoutes alone: of a Service, or of a provider that is
-        not exported to the proxy's namespace.
+        They would lead to a cluster that is there for LLMRoutes alone: of a provider that is not exported to
+        the proxy's namespace, or whose host is an LLMRoute's, too.
         """
-        names = _Names.of_one(host, self._proxy)
+        namespace, domain = self._proxy.namespace, self._world.mesh.cluster_domain
+        every = _Names.of(short, namespace, self._world, self._proxy)
+        every = every._replace(all=tuple(names_of(short, namespace, domain)))
+        names = every.without(taken, routed)
+        if not names.all:
+            return None
 
         def make() -> HostRoutes:
-            made = protos.VirtualHost(name=host, domains=[host])
+            made = protos.VirtualHost(name=names.all[0], domains=names.all)
             return HostRoutes.of(made, names, (), (), (), removes=self._removes)
 
         return self._for_all.recall(("nobody", names), None, make)

@@ -25,10 +25,9 @@ from crds.llmroute import (
 from crds.meta import StringMatch
 from translator.api_keys import CLIENT_HEADER
 from translator.backends import Backend, BackendNotFoundError, backend
-from translator.clusters import Destination
-from translator.errors import LIMIT_METADATA
+from translator.clusters import BUFFER_SLACK, Destination
 from translator.features import Feature
-from translator.hosts import authority, service_name
+from translator.hosts import authority, service_name, short_name
 from translator.proxy import Proxy
 from translator.world import MESH, World
 from xds import protos
@@ -55,9 +54,6 @@ _LONGEST_RETRY_AFTER = timedelta(seconds=60)
 
 ROUTE_METADATA = ("llm", "route")
 """Namespace and key of a route's metadata that hold the namespace and name of its LLMRoute."""
-
-_BUFFER_SLACK = 64 * 1024
-"""Envoy refuses a body that just fits into its buffer, and rounds limits below 1 MiB up to it."""
 
 _FINEST = 1000
 """Into how many parts a group's requests can be split where priorities become weights."""
@@ -93,19 +89,20 @@ script what an attempt added."""
 class Targets:
     """Of what an LLMRoute refers to, that which a proxy can use."""
 
-    providers: Mapping[str, LLMProvider]
-    """By their hosts."""
+    providers: Mapping[str, Destination]
+    """By their hosts as the route writes them."""
     backends: Mapping[BackendObjectReference, Backend]
 
     @classmethod
     def of(cls, world: World, route: LLMRoute, providers: Mapping[str, LLMProvider], proxy: Proxy) -> Self:
-        """Look up what a route refers to; ``providers`` are those of the proxy."""
+        """Look up what a route refers to; ``providers`` are those of the proxy, by their short names."""
         refs = [ref for rule in route.spec.rules for ref in rule.backend_refs]
-        found = {
-            host: provider
-            for host in dict.fromkeys(ref.provider_host for ref in refs)
-            if host and (provider := providers.get(host)) and provider.exported_to(route.namespace)
-        }
+        found: dict[str, Destination] = {}
+        for host in dict.fromkeys(ref.provider_host for ref in refs if ref.provider_host):
+            short = short_name(host, proxy.namespace, world.mesh.cluster_domain)
+            provider = providers.get(short)
+            if provider is not None and provider.exported_to(route.namespace):
+                found[host] = Destination.of(provider, short)
         if not route.has_backends:
             return cls(found, {})
         backends: dict[BackendObjectReference, Backend] = {}
@@ -120,9 +117,10 @@ class Targets:
     @property
     def identity(self) -> Hashable:
         """What tells them from others, with objects by their ids."""
+        destinations = self.providers.values()
         return (
             tuple(self.providers),
-            tuple(map(id, self.providers.values())),
+            tuple((id(target.provider), target.host) for target in destinations),
             tuple(self.backends.items()),
         )
 
@@ -188,7 +186,7 @@ class _Maker:
             if rule.matches and not matches:
                 continue
             action = self._action(rule)
-            limit = body_limit(self._providers(rule))
+            limit = _body_limit(self._providers(rule))
             removed = self._removes and any(ref.backend_ref is None for ref in rule.backend_refs)
             name = rule.name or f"rule-{index}"
             catch_all = False
@@ -232,8 +230,8 @@ class _Maker:
     def _providers(self, rule: LLMRule) -> Iterator[LLMProvider]:
         """Those that a rule leads to and that are there."""
         for ref in rule.backend_refs:
-            if provider := self._targets.providers.get(str(ref.provider_host)):
-                yield provider
+            if found := self._targets.providers.get(str(ref.provider_host)):
+                yield found.provider
 
     def _share(self, rule: LLMRule, ref: LLMBackendRef, weight: int) -> _Share:
         """Refer to a destination; one that is not there is a cluster that is not there: 503 for its share."""
@@ -242,8 +240,8 @@ class _Maker:
             if service is not None:
                 self.backends[service] = None
                 return _Share(service.cluster_name, weight, known=True)
-        elif provider := self._targets.providers.get(str(ref.provider_host)):
-            target = Destination.of(provider, rule.name, ref.host_rewrite)
+        elif found := self._targets.providers.get(str(ref.provider_host)):
+            target = Destination.of(found.provider, found.host, rule.name, ref.host_rewrite)
             self.destinations[target] = None
             return _Share(target.cluster_name, weight, known=True)
         return _Share(f"missing|{_reference(ref)}", weight, known=False)
@@ -386,19 +384,15 @@ def _attempts(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> int:
     return max(1, len(groups))
 
 
-def body_limit(providers: Iterable[LLMProvider]) -> dict[str, Any]:
-    """Bound what a route buffers of a request, where that is not what its virtual host says.
+def _body_limit(providers: Iterable[LLMProvider]) -> dict[str, Any]:
+    """Say how much a route keeps of a request to send it again, where its virtual host says too little.
 
-    The largest of its providers' limits: each one's own is held by its script, to the byte.
+    Each provider's own limit is held by its cluster.
     """
-    largest = max((provider.spec.max_request_bytes for provider in providers), default=MAX_REQUEST_BYTES)
-    if largest == MAX_REQUEST_BYTES:
+    largest = max((provider.spec.max_request_bytes for provider in providers), default=0)
+    if largest <= MAX_REQUEST_BYTES:
         return {}
-    namespace, key = LIMIT_METADATA
-    return {
-        "request_body_buffer_limit": {"value": largest + _BUFFER_SLACK},
-        "metadata": {"filter_metadata": {namespace: protos.struct({key: str(largest)})}},
-    }
+    return {"request_body_buffer_limit": {"value": largest + BUFFER_SLACK}}
 
 
 def _retry_policy(rule: LLMRule | None, groups: Sequence[Sequence[_Share]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from crds.requestauthentication import RequestAuthentication
 from crds.selection import LabelSelectingSpec
 from crds.telemetry import Telemetry
 from crds.unreadable import UnreadablePolicy
+from translator.hosts import is_bare, short_name
 from translator.proxy import Proxy, ProxyType
 
 _K = TypeVar("_K", bound=BaseObject)
@@ -57,6 +58,18 @@ class MeshSettings:
     connect_to: Mapping[tuple[str, int], tuple[str, int]] = field(
         default_factory=lambda: MappingProxyType({})
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Providers:
+    """The providers of a namespace, oldest first: how their hosts are found for a workload."""
+
+    by_host: dict[str, LLMProvider] = field(default_factory=dict)
+    """Those for every workload."""
+    bare: list[LLMProvider] = field(default_factory=list)
+    """The same, but their host is a Service's bare name: another one in each namespace."""
+    selecting: list[LLMProvider] = field(default_factory=list)
+    """Those that select workloads."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class World:
         return f"Secret {secret.namespace}/{secret.name} {what}"
 
     def providers_for(self, proxy: Proxy) -> dict[str, LLMProvider]:
-        """Return the provider of each host that this proxy may use.
+        """Return the provider of each host that this proxy may use, by short names (translator.hosts).
 
         A provider holds a key, so it reaches workloads of its own namespace only; one in the root namespace
         reaches all; ``workloadSelector`` narrows both. The most specific one wins: own namespace before
@@ -142,32 +155,43 @@ class World:
         found: dict[str, LLMProvider] = {}
         # From the least to the most specific.
         for namespace in dict.fromkeys((self.mesh.config.root_namespace, proxy.namespace)):
-            for_all, for_some = self._providers.get(namespace, ({}, ()))
-            found |= for_all
-            found |= {p.spec.host: p for p in reversed(for_some) if proxy.has_labels(selector_labels(p))}
+            of = self._providers.get(namespace, _Providers())
+            found |= of.by_host
+            for provider in of.bare:
+                name = self._short_name(provider, proxy.namespace)
+                rival = found.get(name)
+                if rival is None or rival.namespace != namespace or provider.age < rival.age:
+                    found[name] = provider
+            for provider in reversed(of.selecting):
+                if proxy.has_labels(selector_labels(provider)):
+                    found[self._short_name(provider, proxy.namespace)] = provider
         return found
 
+    def _short_name(self, provider: LLMProvider, namespace: str) -> str:
+        return short_name(provider.spec.host, namespace, self.mesh.cluster_domain)
+
     @cached_property
-    def _providers(self) -> Mapping[str, tuple[Mapping[str, LLMProvider], Sequence[LLMProvider]]]:
-        """For each namespace, who has a host for every workload, and those that select theirs."""
-        found: dict[str, tuple[dict[str, LLMProvider], list[LLMProvider]]] = {}
+    def _providers(self) -> Mapping[str, "_Providers"]:
+        found: dict[str, _Providers] = {}
         for namespace, providers in self.providers.items():
-            for_all, for_some = found[namespace] = {}, []
+            of = found[namespace] = _Providers()
             for provider in providers:
                 if selector_labels(provider):
-                    for_some.append(provider)
+                    of.selecting.append(provider)
+                elif is_bare(provider.spec.host):
+                    of.bare.append(provider)
                 else:
-                    for_all.setdefault(provider.spec.host, provider)
+                    of.by_host.setdefault(self._short_name(provider, namespace), provider)
         return found
 
     @cached_property
     def providers_by_host(self) -> Mapping[str, Mapping[str, Sequence[LLMProvider]]]:
-        """The providers of each namespace by their hosts, oldest first."""
+        """The providers of each namespace by the short names of their hosts, oldest first."""
         found: dict[str, defaultdict[str, list[LLMProvider]]] = {}
         for namespace, providers in self.providers.items():
             by_host = found[namespace] = defaultdict(list)
             for provider in providers:
-                by_host[provider.spec.host].append(provider)
+                by_host[self._short_name(provider, namespace)].append(provider)
         return found
 
     def policies_for(self, proxy: Proxy, policies: Mapping[str, tuple[_P, ...]]) -> list[_P]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -54,6 +54,7 @@ LLM = "10.99.0.10"
 ORIGIN = "10.99.0.20"
 NAME_SERVER = "10.99.0.53"
 OTHER = "other.example"
+SERVICE = "llm.default.svc.cluster.local"
 """A host that no object names."""
 ENVOY, APPLICATION, EXCLUDED = 1337, 1000, 2000
 """Users."""
@@ -204,7 +205,8 @@ def shared_capture_lab() -> Iterator[CaptureLab]:
         dns = stack.enter_context(running_dns_server((NAME_SERVER, 53)))
         dns.records = {DASHSCOPE: [LLM], MOONSHOT: [LLM], OTHER: [ORIGIN]}
         authority = CertificateAuthority.create()
-        fake = FakeLLM({host: Host(KEYS[host]) for host in KEYS}, ca=authority, listen=[(LLM, 443)])
+        hosts_of_llms = {SERVICE: Host(), **{host: Host(key) for host, key in KEYS.items()}}
+        fake = FakeLLM(hosts_of_llms, ca=authority, listen=[(LLM, 443)])
         stack.enter_context(running_in_thread(fake))
         origin = stack.enter_context(running_origin((ORIGIN, 80), (ORIGIN, 7000)))
         mesh = LocalMesh(
@@ -399,15 +401,21 @@ MANY = [
 both_forms = pytest.mark.parametrize("others", [[], MANY], ids=["few", "many"])
 
 
+ELSEWHERE = {"port": 8443, "endpoints": [{"address": LLM, "port": 443}]}
+
+
 @pytest.mark.needs(Feature.ROUTE_CACHE)
 @both_forms
-def test_a_provider_comes_and_goes_and_no_route_changes(changing_lab: CaptureLab, others: list[str]) -> None:
+@pytest.mark.parametrize("like", [{}, ELSEWHERE | {"maxRequestBytes": 50_000_000}], ids=["usual", "odd"])
+def test_a_provider_comes_and_goes_and_no_route_changes(
+    changing_lab: CaptureLab, others: list[str], like: dict[str, Any]
+) -> None:
     lab, ask = changing_lab, (f"http://{MOONSHOT}/", "--header", "Connection: close")
     qwen = provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE])
     lab.apply(qwen, *others)
     before = lab.reloads()
     assert not lab.is_answered(MOONSHOT)
-    lab.apply(qwen, provider("moonshot", MOONSHOT, key=KEYS[MOONSHOT], model="kimi"), *others)
+    lab.apply(qwen, provider("moonshot", MOONSHOT, key=KEYS[MOONSHOT], model="kimi", **like), *others)
     eventually(lambda: lab.ask(*ask) == "kimi")
     lab.apply(qwen, *others)
     eventually(lambda: not lab.is_answered(MOONSHOT))
@@ -442,6 +450,21 @@ def test_what_no_llmroute_names_is_a_provider_or_passes(changing_lab: CaptureLab
         f"http://{DASHSCOPE}/", "--header", "Content-Type: application/json", "--data", f"@{body}"
     )
     assert json.loads(done.stdout)["model"] == "qwen"
+
+
+@both_forms
+def test_a_service_is_a_provider_by_all_its_names(changing_lab: CaptureLab, others: list[str]) -> None:
+    lab = changing_lab
+    lab.apply(
+        provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE]),
+        provider("llm", SERVICE, model="small", **ELSEWHERE),
+        *others,
+    )
+    for host in ("llm", "LLM.", "llm:80", "llm.default", "llm.default.svc", "llm.default.svc.:80", SERVICE):
+        assert lab.ask("http://10.99.0.99/", "--header", f"Host: {host}") == "small", host
+    for host in ("llm.other", "other", "other.default.svc.cluster.local", "a.llm.default.svc"):
+        request = b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\n\r\n"
+        assert lab.exchange(request, ANSWER) == (request, ANSWER), host
 
 
 @both_forms

@@ -131,6 +131,21 @@ def test_a_refused_change_costs_no_other_one_and_a_repair_heals(lab: Lab) -> Non
     assert lab.mesh.status()["problems"] == []
 
 
+def test_a_refused_change_of_the_port_keeps_the_acknowledged_version(lab: Lab) -> None:
+    """Here, at a newcomer, and over a restart: what stands in is found by the cluster's name."""
+    lab.apply(good("one"))
+    moved = {"port": 8443, "tls": {"caCertificates": NOWHERE}}
+    apply(lab, provider("dashscope", DASHSCOPE, KEYS[DASHSCOPE], "two", **moved))
+    assert model(lab, DASHSCOPE) == "one"
+    assert_status_says_it(lab)
+    with killed(lab):
+        assert model(lab, DASHSCOPE) == "one"
+    eventually(lambda: is_refused(lab))
+    assert model(lab, DASHSCOPE) == "one"
+    replace_sidecar(lab)
+    eventually(lambda: model(lab, DASHSCOPE) == "one")
+
+
 def test_over_kill_9_of_the_control_plane_the_last_acknowledged_version_stays(lab: Lab) -> None:
     lab.apply(good("one"), moonshot("one"))
     apply(lab, bad("two"), moonshot("one"))

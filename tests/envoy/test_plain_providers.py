@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 
+from llmplane.fakellm import FakeLLM, Host, running_in_thread
 from tests.envoy.conftest import DASHSCOPE, KEYLESS, KEYS, MOONSHOT, OPENAI, Lab, running_lab
 from tests.support.client import MESSAGES, Answer
 from tests.support.envoy import has
@@ -54,6 +56,11 @@ def is_scoped(lab: Lab) -> bool:
     return '"scoped_routes"' in lab.envoy_admin("/config_dump?resource=dynamic_listeners")
 
 
+def clusters(lab: Lab) -> set[str]:
+    """Return the names of Envoy's clusters."""
+    return {line.partition("::")[0] for line in lab.envoy_admin("/clusters").splitlines()}
+
+
 def updates(lab: Lab) -> dict[str, int]:
     """Return how often Envoy was sent listeners and each route configuration, and how often it took them."""
     pattern = r"^(listener_manager\.lds|http\S*\.rds\S*)\.(update_attempt|update_success|config_reload)$"
@@ -61,6 +68,11 @@ def updates(lab: Lab) -> dict[str, int]:
     found = {name: int(number) for name, number in re.findall(r"(\S+): (\d+)", text)}
     assert any(".rds." in name for name in found), text
     return found
+
+
+def assert_no_route_changed(lab: Lab, before: dict[str, int]) -> None:
+    """Scoped, or scoped before, the bucket of a new host may be one that no host had."""
+    assert {name: number for name, number in updates(lab).items() if name in before} == before
 
 
 @both_forms
@@ -75,10 +87,60 @@ def test_a_provider_comes_and_goes_beside_requests_and_no_route_changes(lab: Lab
         load.wait_for_more()
         lab.apply(QWEN, GPT, *others)
         eventually(lambda: model(lab, MOONSHOT) == UNKNOWN)
-    if not others:
-        assert updates(lab) == before
-    else:  # only the bucket of the new host, where it was the bucket of no host
-        assert {name: number for name, number in updates(lab).items() if name in before} == before
+    assert_no_route_changed(lab, before)
+
+
+FULL = "llm.default.svc.cluster.local"
+
+
+@pytest.fixture(scope="module")
+def in_clear() -> Iterator[FakeLLM]:
+    """Run an LLM in the mesh: a Service, called without TLS."""
+    fake = FakeLLM({host: Host() for host in ("llm", FULL, KEYLESS)})
+    with running_in_thread(fake):
+        yield fake
+
+
+def at(fake: FakeLLM) -> dict[str, Any]:
+    """Return what leads a provider there."""
+    address, _, port = fake.address.rpartition(":")
+    return {"tls": {"mode": "DISABLE"}, "endpoints": [{"address": address, "port": int(port)}]}
+
+
+@both_forms
+def test_whatever_a_provider_is_like_it_changes_no_route(
+    lab: Lab, in_clear: FakeLLM, others: list[str]
+) -> None:
+    """Its port, its host, how much it takes."""
+    lab.apply(QWEN, GPT, *others)
+    before = updates(lab)
+    large = at(in_clear) | {"maxRequestBytes": 40_000_000}
+    lab.apply(
+        QWEN,
+        GPT,
+        provider("llm", "llm", model="small", **at(in_clear)),
+        provider("ollama", KEYLESS, model="llama", port=11434, **large),
+        *others,
+    )
+    for host in ("llm", "llm.default", "llm.default.svc", FULL, FULL.upper(), "LLM:80", "llm.default."):
+        eventually(lambda host=host: model(lab, host) == "small")
+    eventually(lambda: model(lab, KEYLESS) == "llama")
+    assert model(lab, "llm.other") == UNKNOWN
+    assert_no_route_changed(lab, before)
+
+
+@both_forms
+def test_the_names_of_a_service_are_one_host(lab: Lab, in_clear: FakeLLM, others: list[str]) -> None:
+    """Whichever the provider, an LLMRoute that refers to it, and the client have."""
+    lab.apply(
+        provider("llm", FULL, model="small", **at(in_clear)),
+        route("chat", "chat.example.com", {"backendRefs": backends("llm.default")}),
+        *([QWEN, *others] if others else ()),
+    )
+    for host in ("llm", "llm.default.svc", FULL.title(), "chat.example.com"):
+        eventually(lambda host=host: model(lab, host) == "small")
+    (name,) = {name for name in clusters(lab) if "llm" in name}
+    assert name == "outbound|443||llm.default"
 
 
 @both_forms
@@ -114,10 +176,11 @@ def test_no_made_up_host_reaches_a_cluster(lab: Lab, others: list[str]) -> None:
     eventually(lambda: model(lab, "chat.example.com") == "large")
     assert model(lab, "kimi.example.com") == "kimi"
     lab.fake.forget()
-    clusters = {name.partition("::")[0] for name in lab.envoy_admin("/clusters").splitlines()}
-    assert {f"outbound|443|vip|{DASHSCOPE}", "outbound|443||egress.default.svc.cluster.local"} <= clusters
+    found = clusters(lab)
+    assert {f"outbound|443|vip|{DASHSCOPE}", "outbound|443||egress.default.svc.cluster.local"} <= found
     made_up = {"nobody", "-", "egress.default.svc.cluster.local", MOONSHOT, MOONSHOT.upper(), "[::1]"}
-    for name in clusters:  # whole names, and all that is behind a separator
+    made_up |= {"egress", "egress.default", "egress.default.svc"}
+    for name in found:  # whole names, and all that is behind a separator
         made_up |= {name} | {name.split("|", parts)[parts] for parts in range(1, name.count("|") + 1)}
     for host in made_up - {DASHSCOPE, OPENAI}:
         answer = send(lab, host, MESSAGES, f"x-envoy-llmplane-routes: outbound|443|vip|{DASHSCOPE}")
@@ -160,3 +223,18 @@ def test_a_body_that_is_too_large_is_told_so(lab: Lab) -> None:
     body = MESSAGES.replace(b"Hi", b"x" * 3_000_000)  # more than what Envoy buffers by default
     assert lab.client.request(KEYLESS, body).status == 200
     assert send(lab, KEYLESS, b" " * 35_000_000).error["code"] == "request_too_large"
+
+
+def test_a_provider_takes_as_much_as_it_says_and_no_more(lab: Lab) -> None:
+    """More than what routes let pass, and less."""
+    large, small = 36_000_000, 1000
+    lab.apply(
+        provider("ollama", KEYLESS, model="llama", maxRequestBytes=large),
+        provider("openai", OPENAI, KEYS[OPENAI], "gpt", maxRequestBytes=small),
+    )
+    assert lab.client.request(KEYLESS, MESSAGES.replace(b"Hi", b"x" * 35_000_000)).status == 200
+    for host, limit in ((KEYLESS, large), (OPENAI, small)):
+        for size in (limit + 1, 37_000_000):
+            answer = send(lab, host, b" " * size)
+            assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+            assert answer.error["message"] == f"The request body is larger than {limit} bytes."

@@ -337,9 +337,10 @@ def body(size: int) -> bytes:
     return made
 
 
-def sent_in_chunks(lab: Lab, data: bytes, host: str = CHAT) -> Answer:
+def sent_in_chunks(lab: Lab, data: bytes, host: str = CHAT, path: str = "/") -> Answer:
     head = (
-        f"POST http://{host}/ HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n{len(data):x}\r\n"
+        f"POST http://{host}{path} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        f"{len(data):x}\r\n"
     )
     return lab.client.raw(head.encode() + data + b"\r\n0\r\n\r\n")
 
@@ -371,11 +372,20 @@ def test_a_limit_above_the_default(lab: Lab) -> None:
     assert lab.client.request(CHAT, body(35_000_000)).status == 200
 
 
-def test_a_body_that_nobody_reads_is_measured_by_its_length(lab: Lab) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_nobody_reads_is_bounded_too(lab: Lab, *, chunked: bool) -> None:
     upload = {"maxRequestBytes": 1000, "operations": [{"path": "/files"}]}
     only_a(lab, a=upload)
     headers = {"content-type": "application/octet-stream"}
-    answer = lab.client.request(CHAT, b"x" * 1001, headers, path="/v1/files")
+
+    def sent(data: bytes) -> Answer:
+        if chunked:
+            return sent_in_chunks(lab, data, path="/v1/files")
+        return lab.client.request(CHAT, data, headers, path="/v1/files")
+
+    sent(b"x" * 1000)
+    assert len(lab.all_seen()) == 1
+    answer = sent(b"x" * 1001)
     assert (answer.status, answer.error["code"]) == (413, "request_too_large")
     assert lab.all_seen() == ()
 

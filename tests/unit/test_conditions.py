@@ -54,6 +54,23 @@ def test_a_provider_that_no_workload_gets_is_not_accepted() -> None:
     )
 
 
+@pytest.mark.parametrize("host", ["llm", "llm.default", "llm.default.svc", "llm.default.svc.cluster.local"])
+def test_the_names_of_a_service_are_one_host(host: str) -> None:
+    objects = world(provider("a", "llm.default.svc"), provider("b", host))
+    found = condition(objects, "default/b", "Accepted")
+    assert (found.status, found.reason) == (False, "Conflicted")
+    assert found.message.startswith(f"spec.host: {host} is already taken by LLMProvider default/a,")
+
+
+@pytest.mark.parametrize("named", ["llm", "llm.default", "llm.default.svc.cluster.local"])
+def test_a_route_finds_a_provider_by_any_name_of_its_service(named: str) -> None:
+    rule = {"backendRefs": backends(named)}
+    objects = world(provider("a", "llm.default.svc"), route("chat", "chat.example.com", rule))
+    assert condition(objects, "default/chat", "ResolvedRefs").status
+    elsewhere = world(provider("istio-system/a", "llm.ai"), route("chat", "chat.example.com", rule))
+    assert not condition(elsewhere, "default/chat", "ResolvedRefs").status
+
+
 def test_a_selector_that_is_within_anothers_is_a_conflict() -> None:
     objects = world(selecting("a", app="chat"), selecting("b", app="chat", version="v2"))
     assert condition(objects, "default/b", "Accepted").reason == "Conflicted"

@@ -133,7 +133,9 @@ def test_what_the_provider_says_of_members() -> None:
 def cluster_of(host: str = HOST, mesh: MeshSettings | None = None, **spec: Any) -> dict[str, Any]:
     """Make the cluster of a provider, in proto field names."""
     found = only_provider(world(provider("llm", host, **spec)))
-    made = cluster(Destination.of(found), mesh or MeshSettings(), SIDECAR, client_certificate=False)
+    made = cluster(
+        Destination.of(found, found.spec.host), mesh or MeshSettings(), SIDECAR, client_certificate=False
+    )
     return dict(MessageToDict(made, preserving_proto_field_name=True, descriptor_pool=protos.POOL))
 
 

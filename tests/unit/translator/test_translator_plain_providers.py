@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from tests.support.objects import backends, provider, route, service, world
+from translator.hosts import short_name
 from translator.proxy import Proxy, ProxyType
 from translator.routes import RouteTable, route_table
+from translator.scopes import MARGIN, THRESHOLD
 from translator.translate import Translation, Translator
-from xds.resources import CDS, LDS, RDS, SDS
+from xds.resources import CDS, LDS, RDS, SDS, SRDS
 
 A, B, C = "a.example.com", "b.example.com", "c.example.com"
 SIDECAR = Proxy(ProxyType.SIDECAR, "default", "sleep")
@@ -34,9 +36,8 @@ def clusters_of(table: RouteTable, host: str) -> set[str]:
     served = (*table.hosts, *table.plain)
     there = {target.cluster_name for of in served for target in of.destinations}
     there |= {backend.cluster_name for backend in table.backends}
-    named = {
-        f"outbound|443||{host}" if made.route.cluster_header else made.route.cluster for made in found.routes
-    }
+    by_host = f"outbound|443||{short_name(host, SIDECAR.namespace, 'cluster.local')}"
+    named = {by_host if made.route.cluster_header else made.route.cluster for made in found.routes}
     return named & there
 
 
@@ -72,23 +73,127 @@ def test_a_plain_provider_is_traced_to_its_cluster_and_not_to_the_routes_of_all(
     assert names == {(CDS, f"outbound|443||{A}")}
 
 
-# Who is plain
+KINDS = {
+    "port": (provider("other", C, port=8443), C),
+    "in clear": (provider("other", C, tls={"mode": "DISABLE"}), C),
+    "elsewhere": (provider("other", C, endpoints=[{"address": "10.0.0.7", "port": 11434}]), C),
+    "body": (provider("other", C, maxRequestBytes=50_000_000), C),
+    "bare name": (provider("other", "llm"), "llm.default"),
+    "namespace": (provider("other", "llm.ai"), "llm.ai"),
+    "Service": (provider("other", "llm.ai.svc.cluster.local"), "llm.ai"),
+    "of all": (provider("istio-system/other", "llm"), "llm.default"),
+    "selecting": (provider("other", C, workloadSelector={"labels": {"app": "sleep"}}), C),
+    "address": (provider("other", "10.0.0.7"), "10.0.0.7"),
+    "IPv6": (provider("other", "2001:db8::5"), "[2001:db8::5]"),
+}
+
+
+@pytest.mark.parametrize(("other", "short"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("captures", [False, True], ids=["called", "captured"])
+def test_no_provider_changes_a_route_whatever_it_is_like(other: str, short: str, *, captures: bool) -> None:
+    proxy = Proxy(
+        ProxyType.SIDECAR, "default", "sleep", labels=frozenset({("app", "sleep")}), captures=captures
+    )
+    translator = Translator()
+    before = translator.translate(world(provider("a", A), CHAT), proxy)
+    after = translator.translate(world(provider("a", A), CHAT, other), proxy)
+    routes = {(type_url, name) for type_url, name in changed(before, after) if type_url in {RDS, SRDS}}
+    assert (CDS, f"outbound|443||{short}") in changed(before, after)
+    assert not routes
+
+
+def test_among_many_hosts_one_more_provider_is_a_scope() -> None:
+    translator = Translator()
+    many = [
+        route(f"r{number}", f"host-{number}.example.org", {"backendRefs": backends(A)})
+        for number in range(THRESHOLD + MARGIN + 1)
+    ]
+    before = translator.translate(world(provider("a", A), *many), SIDECAR)
+    after = translator.translate(
+        world(provider("a", A), *many, provider("c", "llm.ai.svc", port=80)), SIDECAR
+    )
+    assert {each for each in changed(before, after) if each[0] == SRDS} == {(SRDS, "llm.ai")}
+
+
+@pytest.mark.parametrize("change", [{"port": 8443}, {"tls": {"mode": "DISABLE"}}, {"maxRequestBytes": 1000}])
+def test_what_changes_of_a_provider_its_cluster_has_the_same_name(change: dict[str, Any]) -> None:
+    """So Envoys that refuse the change keep the version before."""
+    translator = Translator()
+    before = translator.translate(world(provider("a", A), CHAT), SIDECAR)
+    after = translator.translate(world(provider("a", A, **change), CHAT), SIDECAR)
+    assert changed(before, after) == {(CDS, f"outbound|443||{A}")}
+
+
+# The names of a Service
+
+
+FULL = "llm.default.svc.cluster.local"
+
+
+@pytest.mark.parametrize("written", ["llm", "llm.default", "llm.default.svc", FULL])
+def test_a_service_is_one_host_however_the_provider_is_written(written: str) -> None:
+    table = table_of(provider("llm", written))
+    for name in ("llm", "llm.default", "llm.default.svc", FULL):
+        assert clusters_of(table, name) == {"outbound|443||llm.default"}
+    elsewhere = table_of(provider("istio-system/llm", written), proxy=Proxy(ProxyType.SIDECAR, "ai", "sleep"))
+    of = "ai" if written == "llm" else "default"
+    assert [target.cluster_name for host in elsewhere.plain for target in host.destinations] == [
+        f"outbound|443||llm.{of}"
+    ]
+
+
+@pytest.mark.parametrize("written", ["llm", "llm.default", "llm.default.svc", FULL])
+@pytest.mark.parametrize("named", ["llm", "llm.default", "llm.default.svc", FULL])
+def test_an_llmroute_refers_to_a_service_by_any_of_its_names(written: str, named: str) -> None:
+    table = table_of(provider("llm", written), route("r", "r.example.com", {"backendRefs": backends(named)}))
+    assert clusters_of(table, "r.example.com") == {"outbound|443||llm.default"}
+
+
+def test_an_llmroute_for_a_service_leaves_none_of_its_names_to_the_provider() -> None:
+    for of_route in ("llm", "llm.default.svc"):
+        table = table_of(
+            provider("llm", FULL), provider("a", A), route("r", of_route, {"backendRefs": backends(A)})
+        )
+        for name in ("llm", "llm.default", "llm.default.svc", FULL):
+            assert clusters_of(table, name) == {f"outbound|443||{A}"}
+
+
+def test_the_host_of_an_llmroute_leads_to_its_provider_by_no_other_name() -> None:
+    """`example.com.svc` could be the Service `example` of a namespace `com`."""
+    table = table_of(
+        provider("e", "example.com"), route("e", "example.com", {"backendRefs": backends("example.com")})
+    )
+    assert clusters_of(table, "example.com") == {"outbound|443||example.com"}
+    assert clusters_of(table, "example.com.svc") == set()
+    assert clusters_of(table, "example.com.svc.cluster.local") == set()
+
+
+def test_the_older_of_two_providers_has_a_service_by_all_its_names() -> None:
+    objects = world(provider("b", FULL, model="first"), provider("c", "llm", model="second"))
+    assert objects.providers_for(SIDECAR)["llm.default"].name == "b"
+    bare_first = world(provider("b", "llm", model="first"), provider("c", FULL, model="second"))
+    assert bare_first.providers_for(SIDECAR)["llm.default"].name == "b"
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("host", "taken"),
     [
-        provider("other", C, port=8443),
-        provider("other", C, maxRequestBytes=50_000_000),
-        provider("other", "llm"),
-        provider("other", "llm.default.svc.cluster.local"),
-        provider("other", "2001:db8::5"),
+        ("*.svc.cluster.local", {FULL}),
+        ("*.default.svc.cluster.local", {FULL}),
+        ("*.default", {"llm.default"}),
+        ("*.ai.svc.cluster.local", set()),
     ],
-    ids=["port", "body", "short name", "Service", "IPv6"],
 )
-def test_who_is_not_alike_has_a_virtual_host(other: str) -> None:
-    (own,), plain = hosts_of(table_of(provider("a", A), other))
-    assert (own != A, plain) == (True, [A])
+def test_a_wildcard_takes_the_names_below_it_and_no_others(host: str, taken: set[str]) -> None:
+    table = table_of(
+        provider("llm", "llm"), provider("a", A), route("every", host, {"backendRefs": backends(A)})
+    )
+    assert clusters_of(table, A) == {f"outbound|443||{A}"}
+    for name in ("llm", "llm.default", "llm.default.svc", FULL):
+        assert clusters_of(table, name) == {f"outbound|443||{A if name in taken else 'llm.default'}"}, name
+
+
+# Who is plain
 
 
 def test_the_host_of_an_llmroute_is_the_llmroutes() -> None:
@@ -156,3 +261,14 @@ def test_a_service_is_for_the_llmroute_alone(wildcard: bool) -> None:
     host = "egress.default.svc.cluster.local"
     assert clusters_of(table, "r.example.com") == {f"outbound|443||{host}"}
     assert clusters_of(table, host) == ({f"outbound|443||{A}"} if wildcard else set())
+    assert clusters_of(table, "egress") == clusters_of(table, "egress.default") == set()
+
+
+def test_a_service_and_a_provider_of_its_name_are_two_clusters() -> None:
+    """The Service has no key, and the provider's filters are not its own."""
+    reference = {"backendRefs": [{"backendRef": {"name": "llm", "port": 443}}]}
+    table = table_of(
+        service("llm", {}, (443, 8443)), provider("llm", "llm"), route("r", "r.example.com", reference)
+    )
+    assert clusters_of(table, "r.example.com") == {f"outbound|443||{FULL}"}
+    assert clusters_of(table, FULL) == {"outbound|443||llm.default"}

@@ -268,7 +268,9 @@ def test_before_1_38_a_script_has_routes_look_at_the_client(version: Version, cl
 
 @pytest.mark.parametrize(("version", "is_scoped"), [((1, 39), False), (None, True)])
 def test_before_1_40_many_hosts_are_one_route_configuration(version: Version | None, is_scoped: bool) -> None:
-    hosts = [provider(f"p{number}", f"p{number}.example.com", port=8443) for number in range(1200)]
+    hosts = [
+        route(f"r{number}", f"r{number}.example.com", {"backendRefs": backends(A)}) for number in range(1200)
+    ]
     made = translated(version, *hosts)
     names = {resource.name for resource in made.resources if resource.type_url == RDS}
     assert ("http_proxy" in names, len(names) > 1) == (not is_scoped, is_scoped)
