@@ -14,7 +14,9 @@ Theory of operation: see `xds.subscription`. What is special here (xds_protocol,
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Final
+from weakref import ref
 
 from xds.group import NOTHING, ORIGIN, Point, Response
 from xds.names import members_of
@@ -31,6 +33,10 @@ PIECE: Final = 1 << 18
 
 MAX_PIECES: Final = 16
 """With so many unanswered, the rest is not cut any more. (Envoy may answer late, see `xds.stream`.)"""
+
+WORTH: Final = 16
+"""A step is kept for proxies to come if it has so many bytes for each name of the set that it leads to. The
+set is kept with it, and a client that asks name by name comes to as many sets."""
 
 
 class DeltaSubscription(Subscription):
@@ -131,7 +137,7 @@ class DeltaSubscription(Subscription):
 
     def _subscribe(self, names: frozenset[str], reported: Mapping[str, str]) -> None:
         check_names(names)
-        self.names = self._group.names(self.type_url, self.names | names)
+        self.names = self._group.names(self.type_url, self.names, self.names | names)
         if names == self.names:
             names = self.names  # the texts that others have as well
         asked = self._expand(names) | members_of(names & self.names.globs, reported)
@@ -140,10 +146,10 @@ class DeltaSubscription(Subscription):
     def _unsubscribe(self, names: frozenset[str]) -> None:
         globs = names & self.names.globs
         members = names | members_of(globs, {*self.held.own, *self._tip} if globs else ())
-        self.names = self._group.names(self.type_url, self.names - names)
+        self.names = self._group.names(self.type_url, self.names, self.names - names)
         self._detach()
         gone = frozenset(member for member in members if not self._relevant(member))
-        self.held.drop(gone)
+        self.held.update(dict.fromkeys(gone))
         # The client cannot know whether another subscription covers the others: it is told.
         self.forced = {
             name: None for name in (*self.forced, *(members - gone)) if name not in gone
@@ -191,7 +197,8 @@ class DeltaSubscription(Subscription):
         """Return a set on the way from `_tip` to `goal`, if that is far and only adds; otherwise `goal`."""
         if len(self.pending) >= MAX_PIECES:
             return goal
-        key = (PIECE, self.type_url, self._tip, goal)
+        # Not the sets themselves: the key would keep them, and so all that a client had on its way.
+        key = (PIECE, self.type_url, ref(self._tip), ref(goal))
         piece = phase.target.variants.get(key)
         if piece is None:
             piece = phase.target.variants[key] = _cut(self._tip, goal)
@@ -207,7 +214,7 @@ class DeltaSubscription(Subscription):
         if not self.forced:
             return True
         changed = new.changed(self._tip)
-        if not self.forced.keys() <= changed or not changed.isdisjoint(self._tip):
+        if not self.forced.keys() <= changed or not self._tip.keys().isdisjoint(changed):
             return False
         self.forced = NOTHING
         return True
@@ -234,7 +241,7 @@ class DeltaSubscription(Subscription):
                 return None
             response = self._encode({name: new.get(name) for name in sorted(names)}, phase.target)
             phase.target.shared[key] = response
-            if self.point in (ORIGIN, phase.target):
+            if self.point in (ORIGIN, phase.target) and len(response.data) >= WORTH * len(new):
                 self._group.keep(phase.target, response)
         if response.removes and (phase.target.incomplete or phase.removable < phase.target.sequence):
             return None
@@ -259,7 +266,8 @@ class DeltaSubscription(Subscription):
 
 def _cut(old: ResourceSet, goal: ResourceSet) -> ResourceSet:
     changed = goal.changed(old)
-    if not changed.isdisjoint(old):
+    sizes = accumulate(len(goal[name].delta_frame) for name in changed)
+    if not old.keys().isdisjoint(changed) or all(size <= PIECE for size in sizes):
         return goal
     names: list[str] = []
     size = 0

@@ -16,7 +16,6 @@ No I/O and no clock in here.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Never, Protocol
@@ -155,17 +154,21 @@ class Holding:
 
     def update(self, changes: Mapping[str, Resource | None]) -> None:
         """Note that the client has these (None: nothing)."""
-        self.own = {**self.own, **changes}
-
-    def drop(self, names: AbstractSet[str]) -> None:
-        """Note that the client has nothing under these names."""
-        own = {name: resource for name, resource in self.own.items() if name not in names}
-        own.update((name, None) for name in names if name in self.base)
+        get = self.base.get
+        own = self.own if isinstance(self.own, dict) else {}
+        for name, resource in changes.items():
+            if resource is (other := get(name)) or resource == other:
+                own.pop(name, None)
+            else:
+                own[name] = resource
         self.own = own or NOTHING
 
     def rebase(self, base: ResourceSet) -> None:
         """Express the same holding in terms of another set."""
-        own = {**{name: self.base.get(name) for name in base.changed(self.base)}, **self.own}
+        if base is self.base:
+            return
+        changed = base.changed(self.base).difference(self.own)
+        own = {**self.own, **{name: self.base.get(name) for name in changed}}
         get = base.get
         self.base = base
         # Most are the very same object.
@@ -367,17 +370,17 @@ class Group:
         """Let go what is kept for proxies to come."""
         self._recent.forget(self.point.sequence)
 
-    def names(self, type_url: str, names: Iterable[str]) -> Names:
-        """Return these names as one object for all clients, made of the strings of the resources.
+    def names(self, type_url: str, old: Names, asked: frozenset[str]) -> Names:
+        """Return names as one object for all clients, made of the strings of the resources.
 
-        A thousand proxies with ten thousand secrets each would have ten million strings.
+        A thousand proxies with ten thousand secrets each would have ten million strings. `old` is what the
+        client asked for before: only what is new is looked at.
         """
-        asked = frozenset(names)
         shared = self._names.get(hash(asked))
         if shared is None or shared != asked:
             get = self.point[type_url].get
-            shared = Names(name if (resource := get(name)) is None else resource.name for name in asked)
-            self._names[hash(asked)] = shared
+            added = (name if (resource := get(name)) is None else resource.name for name in asked - old)
+            shared = self._names[hash(asked)] = old.but(frozenset(added), old - asked)
         return shared
 
     def _good_of(self, type_url: str) -> Holding:

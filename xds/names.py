@@ -13,8 +13,14 @@ class Names(frozenset[str]):
     __slots__ = ("globs",)
 
     def __init__(self, _: Iterable[str] = ()) -> None:
-        self.globs: Final = frozenset(filter(is_glob, self))
+        self.globs = frozenset(filter(is_glob, self))
         """Those of the names that stand for collections."""
+
+    def but(self, added: frozenset[str], removed: frozenset[str]) -> "Names":
+        """Return these with some added and others removed; only those are looked at."""
+        new = Names.__new__(Names, (self - removed) | added)
+        new.globs = (self.globs - removed).union(filter(is_glob, added))
+        return new
 
     def cover(self, name: str) -> bool:
         """Whether a resource of this name is asked for."""

@@ -2,12 +2,12 @@
 # ruff: noqa: SLF001 - all private members are those of another instance of the same class
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from typing import Self
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from xds.names import Names
-from xds.resources import Resource
+from xds.names import NONE, Names
+from xds.resources import Resource, is_glob
 
 
 class ResourceSet:
@@ -17,7 +17,17 @@ class ResourceSet:
     once.
     """
 
-    __slots__ = ("__weakref__", "_changed", "_checksum", "_parts", "_resources", "expiring", "get", "held")
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_changed",
+        "_checksum",
+        "_parts",
+        "_resources",
+        "expiring",
+        "get",
+        "held",
+    )
 
     get: Callable[[str], Resource | None]
     """Returns the resource of a name, if there is one: the method of a dictionary, for speed."""
@@ -27,6 +37,8 @@ class ResourceSet:
         self.get = resources.get
         self._changed: WeakKeyDictionary[ResourceSet, frozenset[str]] = WeakKeyDictionary()
         self._parts: WeakValueDictionary[Names, ResourceSet] = WeakValueDictionary()
+        self._asked = NONE
+        """Of what is a part, the names that were asked for."""
         self._checksum: int | None = None
         self.held: frozenset[str] = frozenset(name for name, resource in resources.items() if resource.held)
         self.expiring: frozenset[str] = frozenset(
@@ -52,6 +64,10 @@ class ResourceSet:
     def values(self) -> Iterable[Resource]:
         """Return the resources."""
         return self._resources.values()
+
+    def keys(self) -> KeysView[str]:
+        """Return the names."""
+        return self._resources.keys()
 
     @property
     def version(self) -> str:
@@ -85,22 +101,33 @@ class ResourceSet:
                 )
         return names
 
-    def part(self, names: Names) -> "ResourceSet":
-        """Return the set of those that are asked for; the same object as long as anybody has it."""
+    def part(self, names: Names, near: "ResourceSet") -> "ResourceSet":
+        """Return the set of those that are asked for; the same object as long as anybody has it.
+
+        If `near` is the part of other names, only those in which they differ are looked at.
+        """
         if not self._resources:
             return EMPTY
         part = self._parts.get(names)
         if part is None:
-            part = self._part(names)
+            part = self._part(names, near)
             if part is not EMPTY:  # that one is there for ever, and the names would be
                 self._parts[names] = part
+                part._asked = names
         return part
 
-    def _part(self, names: Names) -> "ResourceSet":
+    def _part(self, names: Names, near: "ResourceSet") -> "ResourceSet":
         for old, changed in self._changed.items():
             before = old._parts.get(names)
             if before is not None:
                 return before.replace({name: self.get(name) for name in names.covered(changed)})
+        differing = names ^ near._asked
+        if self._parts.get(near._asked) is near and not any(map(is_glob, differing)):
+            wanted = {name: self.get(name) if names.cover(name) else None for name in differing}
+            # Even if nothing differs it is another set: one would be known by, and keep, ever more names.
+            return (
+                near._but({name: new for name, new in wanted.items() if new is not near.get(name)}) or EMPTY
+            )
         covered = sorted(names.covered(self._resources.keys()))
         return ResourceSet({name: self._resources[name] for name in covered}) or EMPTY
 
@@ -113,8 +140,9 @@ class ResourceSet:
     def replace(self, changes: Mapping[str, Resource | None]) -> "ResourceSet":
         """Return a set with these resources put in, or taken out where None; itself if nothing differs."""
         differing = {name: resource for name, resource in changes.items() if self.get(name) != resource}
-        if not differing:
-            return self
+        return self._but(differing) if differing else self
+
+    def _but(self, differing: Mapping[str, Resource | None]) -> "ResourceSet":
         resources = dict(self._resources)
         checksum = self._checksum
         held, expiring = set(self.held), set(self.expiring)
@@ -137,6 +165,7 @@ class ResourceSet:
         new.get = resources.get
         new._changed = WeakKeyDictionary({self: frozenset(differing)})
         new._parts = WeakValueDictionary()
+        new._asked = NONE
         new._checksum = checksum
         new.held, new.expiring = frozenset(held), frozenset(expiring)
         return new

@@ -135,7 +135,7 @@ class SotwSubscription(Subscription):
     def _subscribe(self, asked: frozenset[str], *, again: bool) -> None:
         wildcard = "*" in asked or (not asked and not self._named and self.type_url in WILDCARD_TYPES)
         self._named = self._named or bool(asked)
-        named = self._group.names(self.type_url, asked - {"*"})
+        named = self._group.names(self.type_url, self.names, asked - {"*"})
         added, removed = named - self.names, self.names - named
         check_names(added)
         begins, ends = wildcard and not self.wildcard, self.wildcard and not wildcard
@@ -152,7 +152,7 @@ class SotwSubscription(Subscription):
         if removed and not wildcard:
             if any(map(is_glob, removed)):
                 removed = frozenset(name for name in self.held if not self._relevant(name))
-            self.held.drop(removed)
+            self.held.update(dict.fromkeys(removed))
             self.forced = dict.fromkeys(name for name in self.forced if name not in removed) or NOTHING
 
     def _narrow(self) -> None:
@@ -204,7 +204,7 @@ class SotwSubscription(Subscription):
         for name in self.refused:
             other[name] = self._wanted(name, phase.target)
         if not self.wildcard:
-            return self._part(resources.replace(other))
+            return resources.replace(other).part(self.names, sent)
         key = (self.type_url, resources, frozenset(other.items()))
         want = phase.target.variants.get(key)
         if want is None:

@@ -274,7 +274,7 @@ class Subscription:
 
     def _part(self, resources: ResourceSet) -> ResourceSet:
         """Return what the client asks for of these."""
-        return resources if self.wildcard else resources.part(self.names)
+        return resources if self.wildcard else resources.part(self.names, self._tip)
 
     def _expand(self, names: Iterable[str]) -> set[str]:
         """Put members in the place of collections, except of empty ones."""
@@ -429,7 +429,7 @@ class Subscription:
 
     def _settle(self) -> None:
         """If nothing is unanswered, express what the client has in terms of where it was brought to."""
-        if not self.pending and self.held.base is not self._tip:
+        if not self.pending:
             self.held.rebase(self._tip)
 
     # Answers.

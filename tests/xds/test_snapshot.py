@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.xds.client import ALL_TYPES, eds_cluster, resource
 from xds import protos
-from xds.names import Names
+from xds.names import NONE, Names
 from xds.resources import CDS, EDS, RDS, SDS, Resource, encode_varint
 from xds.snapshot import EMPTY, ResourceSet, Snapshot
 
@@ -86,22 +86,42 @@ def test_part_is_what_is_asked_for_and_the_same_for_all_who_ask(
     new = old.replace(
         {name: resource(CDS, name, after[name]) if name in after else None for name in "abcdef"}
     )
-    parts = [old.part(Names(asked)), new.part(Names(asked))]
+    parts = [old.part(Names(asked), EMPTY), new.part(Names(asked), EMPTY)]
     for part, whole in zip(parts, (before, after), strict=True):
         assert {name: part[name] for name in part} == {
             name: resource(CDS, name, whole[name]) for name in asked & whole.keys()
         }
     assert parts[1].changed(parts[0]) == new.changed(old) & asked
-    assert new.part(Names(asked)) is parts[1]
+    assert new.part(Names(asked), EMPTY) is parts[1]
     assert (parts[0] is parts[1]) == (parts[1].changed(parts[0]) == frozenset())
+
+
+ASKED = st.frozensets(
+    st.sampled_from(["a", "b", "none", "xdstp://x/t/a", "xdstp://x/t/none", "xdstp://x/t/*"])
+)
+
+
+@given(before=ASKED, asked=ASKED)
+def test_part_is_the_same_whatever_was_asked_for_before(
+    before: frozenset[str], asked: frozenset[str]
+) -> None:
+    names = ("a", "b", "xdstp://x/t/a", "xdstp://x/t/b")
+    whole, same = (ResourceSet({name: resource(CDS, name) for name in names}) for _ in range(2))
+    near = whole.part(Names(before), EMPTY)
+    changed = NONE.but(before, frozenset()).but(asked - before, before - asked)
+    assert (changed, changed.globs) == (Names(asked), Names(asked).globs)
+    part = whole.part(changed, near)
+    assert part is whole.part(Names(asked), EMPTY)
+    assert part.changed(same.part(Names(asked), EMPTY)) == frozenset()
+    assert part.changed(near) == near.changed(part) == part.keys() ^ near.keys()
 
 
 def test_part_has_the_members_of_collections() -> None:
     whole = Snapshot([resource(CDS, "a"), resource(CDS, "xdstp://x/t/a"), resource(CDS, "xdstp://x/u/a")])[
         CDS
     ]
-    assert set(whole.part(Names(["a", "xdstp://x/t/*"]))) == {"a", "xdstp://x/t/a"}
-    assert whole.part(Names(["xdstp://y/t/*"])) is EMPTY
+    assert set(whole.part(Names(["a", "xdstp://x/t/*"]), EMPTY)) == {"a", "xdstp://x/t/a"}
+    assert whole.part(Names(["xdstp://y/t/*"]), EMPTY) is EMPTY
 
 
 def test_snapshot_shares_what_did_not_change() -> None:
@@ -134,6 +154,6 @@ def test_names_of_which_there_is_nothing_are_not_kept() -> None:
     for resources in (full, EMPTY):
         names = Names(["made up"])
         known = ref(names)
-        assert resources.part(names) is EMPTY
+        assert resources.part(names, EMPTY) is EMPTY
         del names
         assert known() is None

@@ -329,6 +329,48 @@ def test_proxies_that_ask_for_the_same_share_it_however_they_came_to_it(variant:
     assert set(subscriptions[0].held) == set(names[1:])
 
 
+class Counted(str):
+    """A name that counts how often it, or any other, is looked up."""
+
+    __slots__ = ()
+    lookups = 0
+
+    def __hash__(self) -> int:
+        Counted.lookups += 1
+        return super().__hash__()
+
+
+def test_names_that_a_client_asked_for_before_are_not_looked_at_for_each_that_it_adds_or_drops() -> None:
+    """Envoy can ask for each of thousands of secrets by itself: that must not cost their square."""
+    names = [Counted(number) for number in range(200)]
+    group = group_of(*(replace(resource(SDS, str(name)), name=name) for name in names))
+    stream = Stream(group, "proxy", DeltaSubscription)
+    subscription = stream.subscription(SDS)
+    for change in ("subscribe", "unsubscribe"):
+        lookups = []
+        for name in names:
+            before = Counted.lookups
+            subscription.request(**{change: [name]})
+            while (response := stream.next_response(0.0)) is not None:
+                subscription.request(nonce=response.nonce)
+            lookups.append(Counted.lookups - before)
+        assert lookups[-1] == lookups[1], change
+    assert not list(subscription.held)
+
+
+def test_what_a_client_had_on_its_way_is_not_kept() -> None:
+    """The sets of a client that asks name by name have the square of what it asks for."""
+    names = [f"{number:03}" for number in range(200)]
+    proxy = DeltaProxy(group_of(*(resource(SDS, name) for name in names)))
+    on_the_way = []
+    for name in names:
+        proxy.subscribe(SDS, name)
+        proxy.exchange()
+        on_the_way.append(weakref.ref(proxy.stream.subscription(SDS).held.base))
+    assert proxy.has[SDS].keys() == set(names)
+    assert sum(each() is not None for each in on_the_way) < 20
+
+
 def check(proxy: DeltaProxy, type_url: str, contents: dict[str, int]) -> None:
     """Compare what a proxy has of a type with what there is."""
     wanted = {name: content for name, content in contents.items() if proxy.wants(type_url, name)}
