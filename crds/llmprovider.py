@@ -362,7 +362,7 @@ class LLMProviderSpec(Model):
     workload_selector: WorkloadSelector | None = None
     """The workloads that may call the provider (default: those of the namespace; istio-system: all)."""
     host: Host
-    """Name or IP address by which clients call the provider."""
+    """Name or IP address by which clients call the provider; of a Service they may use each of its names."""
     path: RequestPath
     """Path of the provider's chat operation. Clients may call / instead."""
     tls: ClientTLSSettings = ClientTLSSettings()

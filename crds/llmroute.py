@@ -130,7 +130,7 @@ class LLMBackendRef(Model):
     )
 
     provider_host: Host | None = None
-    """spec.host of an LLMProvider."""
+    """spec.host of an LLMProvider; where that is a Service, any of its names."""
     backend_ref: BackendObjectReference | None = None
     """A backend in the cluster, instead of providerHost."""
     weight: Count | None = None

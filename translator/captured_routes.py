@@ -81,7 +81,8 @@ _HOST = f"""
 function envoy_on_request(handle)
   local headers = handle:headers()
   local host = headers:get(":authority"):lower():gsub(":%d+$", ""):gsub("%.$", "")
-  headers:replace("{ROUTES_HEADER}", cluster_name(host))
+  local name = cluster_name(host)
+  headers:replace("{ROUTES_HEADER}", name)
 """
 """Begins a script: names the cluster that a plain provider with the host of a request has."""
 _NAME_CLUSTER = f"""{_HOST}
@@ -90,8 +91,8 @@ end
 """
 _CHOOSE_BUCKET = f"""{_HOST}
   local a, b = 1, 0
-  for i = 1, #host do
-    a = a + host:byte(i)
+  for i = 1, #name do
+    a = a + name:byte(i)
     b = b + a
   end
   local bucket = headers:get(":method") == "CONNECT" and {_BUCKETS} or b % 65521 % {_BUCKETS}
@@ -134,57 +135,49 @@ def cleaner() -> Message:
 def captured_routes(table: RouteTable, memory: Memory, *, with_scopes: bool) -> Iterator[Part]:
     """Make the routes of captured traffic, in the form or the forms that the proxy's other routes have."""
     if scopes.needs_one(table):
-        hosts = tuple((host, host.names) for host in table.hosts)
-        make = partial(_configuration, CAPTURED_ROUTES, hosts, table.catch_all, memory, [_tunnel()])
+        make = partial(_configuration, CAPTURED_ROUTES, table.hosts, table.catch_all, memory, [_tunnel()])
         yield memory.recall((CAPTURED_ROUTES, table.hosts, id(table.catch_all)), table.catch_all, make)
     if with_scopes:
-        for number, names in enumerate([*_buckets(table), ()]):
-            make = partial(_scope, number, names, table.catch_all, memory)
-            key = (CAPTURED_ROUTES, number, names, id(table.catch_all))
+        for number, hosts in enumerate([*_buckets(table), ()]):
+            make = partial(_scope, number, hosts, table.catch_all, memory)
+            key = (CAPTURED_ROUTES, number, hosts, id(table.catch_all))
             yield memory.recall(key, table.catch_all, make)
 
 
-_Names = tuple[tuple[HostRoutes, tuple[str, ...]], ...]
-"""Hosts, and those of their names that count."""
+_Hosts = tuple[HostRoutes, ...]
 
 
-def _buckets(table: RouteTable) -> list[_Names]:
-    found: list[list[tuple[HostRoutes, tuple[str, ...]]]] = [[] for _ in range(_BUCKETS)]
+def _buckets(table: RouteTable) -> list[_Hosts]:
+    found: list[list[HostRoutes]] = [[] for _ in range(_BUCKETS)]
     for host in table.hosts:
-        numbers = [bucket(name) for name in host.names]
-        for number in dict.fromkeys(numbers):
-            found[number].append(
-                (host, tuple(name for name, of in zip(host.names, numbers, strict=True) if of == number))
-            )
+        found[bucket(host.short_name)].append(host)
     return [tuple(of) for of in found]
 
 
-def bucket(name: str) -> int:
-    """Return the bucket of a host; names are in lower case."""
-    return (zlib.adler32(name.encode()) >> 16) % _BUCKETS
+def bucket(short_name: str) -> int:
+    """Return the bucket of a host and all its names, as of the cluster that is named after it."""
+    return (zlib.adler32(f"{PLAIN}{short_name}".encode()) >> 16) % _BUCKETS
 
 
 def _configuration(
-    name: str, hosts: _Names, catch_all: Message | None, memory: Memory, first: Sequence[Message] = ()
+    name: str, hosts: _Hosts, catch_all: Message | None, memory: Memory, first: Sequence[Message] = ()
 ) -> Part:
     """Make a route configuration; ``first`` are routes that each host has in front of its own."""
     virtual_hosts = [
-        memory.recall(
-            (CAPTURED_ROUTES, id(host), names, bool(first)), host, partial(_captured, host, names, first)
-        )
-        for host, names in hosts
+        memory.recall((CAPTURED_ROUTES, id(host), bool(first)), host, partial(_captured, host, first))
+        for host in hosts
     ]
-    if not any("*" in names for _, names in hosts):
+    if not any("*" in host.names for host in hosts):
         virtual_hosts.append(_allow_any(catch_all))
     found = Collection()
     made = protos.RouteConfiguration(
         name=name, virtual_hosts=virtual_hosts, ignore_port_in_host_matching=True
     )
-    found.add(Resource.of(made), *(key for host, _ in hosts for key in host.objects))
+    found.add(Resource.of(made), *(key for host in hosts for key in host.objects))
     return found.part()
 
 
-def _scope(number: int, hosts: _Names, catch_all: Message | None, memory: Memory) -> Part:
+def _scope(number: int, hosts: _Hosts, catch_all: Message | None, memory: Memory) -> Part:
     """Make a bucket, and the scope that leads to it."""
     name = f"{CAPTURED_ROUTES}/{number}"
     routes = _configuration(name, hosts, catch_all, memory)
@@ -199,9 +192,9 @@ def _scope(number: int, hosts: _Names, catch_all: Message | None, memory: Memory
     return Part({**routes.resources, **scoped.resources}, routes.origins)
 
 
-def _captured(host: HostRoutes, names: Sequence[str], first: Sequence[Message]) -> Message:
+def _captured(host: HostRoutes, first: Sequence[Message]) -> Message:
     """Make the virtual host for captured traffic of that for the HTTP proxy."""
-    domains = [*names, *(f"{name}." for name in names if name != "*")]
+    domains = [*host.names, *(f"{name}." for name in host.names if name != "*")]
     made: Any = protos.VirtualHost()
     made.CopyFrom(host.virtual_host)
     if not made.routes:  # of nobody

@@ -49,7 +49,9 @@ class HostRoutes:
     virtual_host: Message
     """Of a plain provider the catch-all virtual host."""
     names: tuple[str, ...]
-    """The domains of the virtual host; of a plain provider its host."""
+    """The domains of the virtual host; of a plain provider the names of its host."""
+    short_name: str
+    """What all of them have in common (translator.hosts)."""
     destinations: tuple[Destination, ...]
     backends: tuple[Backend, ...]
     objects: tuple[ObjectKey, ...]
@@ -80,6 +82,7 @@ class HostRoutes:
         return cls(
             virtual_host,
             names.all,
+            names.main,
             leads_to,
             services,
             tuple(objects),

@@ -512,8 +512,10 @@ def test_more_than_a_thousand_hosts(changing_lab: CaptureLab) -> None:
     lab.apply(
         provider("dashscope", DASHSCOPE, key=KEYS[DASHSCOPE]),
         *(route(name.partition(".")[0], name, rule) for name in names),
+        route("chat", "chat", rule),
     )
-    for host in (DASHSCOPE, f"{DASHSCOPE}:80", "DashScope.aliyuncs.com.", names[0], names[-1]):
+    of_a_service = ("chat", "CHAT:80", "chat.default", "chat.default.svc.", "chat.default.svc.cluster.local")
+    for host in (DASHSCOPE, f"{DASHSCOPE}:80", "DashScope.aliyuncs.com.", names[0], names[-1], *of_a_service):
         assert lab.ask("http://10.99.0.99/", "--header", f"Host: {host}") == "some-model"
     request = b"GET / HTTP/1.1\r\n" + HEADERS + b"\r\n"
     assert lab.exchange(request, ANSWER) == (request, ANSWER)

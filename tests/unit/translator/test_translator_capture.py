@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.objects import backends, provider, route, world
 from translator.captured_routes import bucket
+from translator.hosts import domains, short_name
 from translator.proxy import Proxy, ProxyType
 from translator.scopes import MARGIN, THRESHOLD
 from translator.translate import Translation, Translator
@@ -38,8 +39,11 @@ def virtual_names(of: World, proxy: Proxy = SIDECAR) -> set[str]:
 
 
 def many(count: int) -> World:
-    """Return a world with so many virtual hosts: one for each LLMRoute, none for the provider."""
-    names = (f"host-{number}.example.com" for number in range(count))
+    """Return a world with so many virtual hosts: one for each LLMRoute, none for the provider.
+
+    The hosts are Services and others by turns.
+    """
+    names = (f"host-{number}" + number % 2 * ".example.com" for number in range(count))
     rule = {"backendRefs": backends(LLM)}
     routes = (route(name.partition(".")[0], name, rule) for name in names)
     return world(provider("p", LLM), *routes, mesh=MeshSettings())
@@ -166,7 +170,10 @@ def test_every_host_is_in_the_bucket_in_which_envoy_looks_for_it() -> None:
     for number in range(128):
         *hosts, last = routes[f"captured/{number}"].virtual_hosts
         assert last.domains == ["*"]
-        assert {bucket(host.domains[0]) for host in hosts} <= {number}
+        short_names = {short_name(host.domains[0], "default", "cluster.local") for host in hosts}
+        assert {bucket(name) for name in short_names} <= {number}
+        for host in hosts:
+            assert len(host.domains) == 2 * len(domains(host.name, "default", "default", "cluster.local"))
 
 
 def test_a_changed_host_changes_one_bucket() -> None:
