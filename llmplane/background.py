@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 
@@ -10,14 +10,20 @@ from typing import Any
 async def running(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run these to the end of the block; then they are cancelled, all at once, and waited for.
 
-    Raises what one of them failed with.
+    Where one of them fails, the others and the block are cancelled at once. Raises what failed first.
     """
-    tasks = [asyncio.create_task(each) for each in work]
     try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel these, all at once, and wait for all of them, whatever some failed with."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

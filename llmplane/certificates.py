@@ -81,8 +81,14 @@ class CertificateAuthority:
             key = load_pem_private_key(key_pem, password=None)
         except ValueError as error:
             raise ValueError("certificate or key is not PEM") from error
+        except TypeError:
+            raise ValueError("the key is encrypted") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
             raise ValueError("the key is not that of the certificate")
+        try:
+            certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        except x509.ExtensionNotFound:
+            raise ValueError("the certificate has no subject key identifier") from None
         return cls(certificate, key)
 
     @property

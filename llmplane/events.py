@@ -22,7 +22,7 @@ _LOG = structlog.get_logger(__name__)
 
 CONTROLLER = "istio.alibabacloud.com/llmplane"
 _NOTE = 1024
-"""Characters that a note may have."""
+"""Bytes that a note may have (the API server says characters)."""
 _AT_ONCE = 10
 """Events of one call; the others wait for the next one."""
 _AGAIN = 3600.0
@@ -85,7 +85,7 @@ class Events:
                     _event(name, entry, call),
                 )
             except ApiError as error:
-                if error.is_passing:
+                if not error.is_of_request:
                     raise
                 if error.status not in {_CONFLICT, _NOT_FOUND}:  # it is known, or its namespace is gone
                     _LOG.warning("an event cannot be made", object=str(entry.key), problem=str(error))
@@ -96,7 +96,12 @@ class Events:
 
 def _name(entry: Entry, call: Call) -> str:
     digest = hashlib.sha256(f"{entry.uid} {call.reason} {call.of}".encode()).hexdigest()
-    return f"{entry.key.name[:200]}.{digest[:16]}"
+    return f"{entry.key.name[:200].rstrip('-.')}.{digest[:16]}"
+
+
+def _note(text: str) -> str:
+    whole = text.encode()
+    return text if len(whole) <= _NOTE else f"{whole[: _NOTE - 4].decode(errors='ignore')} ..."
 
 
 def _event(name: str, entry: Entry, call: Call) -> dict[str, Any]:
@@ -113,5 +118,5 @@ def _event(name: str, entry: Entry, call: Call) -> dict[str, Any]:
         "type": "Warning",
         "reason": call.reason,
         "regarding": {"apiVersion": entry.api_version, "kind": key.kind, **about},
-        "note": call.note if len(call.note) <= _NOTE else f"{call.note[: _NOTE - 4]} ...",
+        "note": _note(call.note),
     }

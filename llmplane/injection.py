@@ -105,7 +105,7 @@ def inject(
     InjectionError.
     """
     metadata, spec = pod.get("metadata") or {}, pod.get("spec") or {}
-    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
+    labels, annotations = _strings(metadata, "label"), _strings(metadata, "annotation")
     if not _is_wanted(labels, annotations, spec):
         return None
     kind = _kind(annotations)
@@ -191,6 +191,15 @@ def _is_wanted(labels: Mapping[str, str], annotations: Mapping[str, str], spec: 
         return False
     said = labels.get(_INJECT, annotations.get(_INJECT, ""))
     return not said or said.lower() in _YES
+
+
+def _strings(metadata: Mapping[str, Any], noun: str) -> Mapping[str, str]:
+    """Return labels or annotations; in a file they may be none, which counts as empty, or no strings."""
+    found = {name: "" if it is None else it for name, it in (metadata.get(f"{noun}s") or {}).items()}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise InjectionError(f"{noun} {name}: must be a string, in quotes")
+    return found
 
 
 def _kind(annotations: Mapping[str, str]) -> ProxyType:
@@ -351,7 +360,7 @@ def _config(annotations: Mapping[str, str]) -> Mapping[str, Any]:
     """Return Istio's ProxyConfig of a pod; of it, `concurrency` and the capture of DNS are honoured."""
     try:
         config = yaml.safe_load(annotations.get(_CONFIG, "")) or {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that there is not
         raise InjectionError(f"annotation {_CONFIG}: is not valid YAML") from None
     if not isinstance(config, Mapping):
         raise InjectionError(f"annotation {_CONFIG}: must be an object")

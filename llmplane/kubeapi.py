@@ -22,6 +22,7 @@ _LOG = structlog.get_logger(__name__)
 _REQUEST = aiohttp.ClientTimeout(total=30, sock_connect=5)
 _SILENCE = 150
 """Seconds of silence after which a watch is given up: an API server sends a bookmark about once a minute."""
+_UNAUTHORIZED = 401
 _POD = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 _BROKEN = (aiohttp.ClientError, OSError, ValueError)  # a timeout is an OSError
@@ -47,6 +48,11 @@ class ApiError(RuntimeError):
     def is_passing(self) -> bool:
         """Whether the API server could not answer, and the request itself may be right."""
         return self.status in {0, 429} or self.status >= 500  # noqa: PLR2004 - HTTP
+
+    @property
+    def is_of_request(self) -> bool:
+        """Whether the request itself was refused; credentials that were (401) are read again."""
+        return not self.is_passing and self.status != _UNAUTHORIZED
 
 
 class Api:
@@ -150,7 +156,7 @@ class Api:
             return response
         async with response:
             refusal = _refusal(response, await response.read())
-        if refusal.status == 401:  # noqa: PLR2004 - HTTP
+        if refusal.status == _UNAUTHORIZED:
             await self._renew_credentials()
         raise refusal
 

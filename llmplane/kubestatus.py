@@ -16,6 +16,7 @@ import structlog
 
 from crds import kinds
 from crds.problems import ObjectKey, Severity
+from llmplane.background import running
 from llmplane.events import Events, calls
 from llmplane.kubeapi import Api, ApiError
 from llmplane.leader import RENEW, Leader
@@ -33,7 +34,9 @@ _SHARE = 10
 _PER_WRITE = 0.02
 """Seconds between two writes."""
 _WRITE_AGAIN = 60.0
-"""Seconds after which the same status is written again, if somebody else has changed it."""
+"""Seconds after which the same status is written again, if it was refused or somebody else has changed it."""
+_LAST_WRITE = 5.0
+"""Seconds that the end of the program waits for the API server."""
 _MOST = 32_768
 """Characters that a message may have (metav1.Condition)."""
 _CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -160,17 +163,21 @@ class StatusWriter:
 
     async def run(self) -> None:
         """Write until cancelled, then let another replica do it."""
-        tasks = [asyncio.create_task(each) for each in (self._lead(), self._write(), self._replicas.run())]
         try:
-            await asyncio.gather(*tasks)
+            async with running(self._lead(), self._write()):
+                await self._replicas.run()
         finally:
-            for task in tasks:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-            await self._leader.release()
-            with suppress(ApiError):
-                await self._replicas.retire()
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Give back what others would else wait for until it runs out."""
+        try:
+            async with asyncio.timeout(_LAST_WRITE):
+                await self._leader.release()
+                with suppress(ApiError):
+                    await self._replicas.retire()
+        except TimeoutError:
+            _LOG.warning("the API server does not answer: the Lease and the counts of proxies will run out")
 
     async def _lead(self) -> None:
         while True:
@@ -199,6 +206,7 @@ class StatusWriter:
         """Write what is to be written; return for how many seconds to rest. Raises ApiError."""
         began = time.monotonic()
         if not self._leader.is_leading:
+            self._written.clear()  # from now on others write
             if not self._has_proxies():
                 await self._replicas.retire()
                 return 0.0
@@ -213,12 +221,12 @@ class StatusWriter:
         entries = [entry for entry in self._entries() if entry.key.kind in ours]
         due = list(self._due(entries, totals))
         look = time.monotonic() - began
-        await self._write_all(due)
+        rest = await self._write_all(due)
         await self._events.tell(
             (entry, call) for entry in entries for call in calls(entry, totals.get(entry.key))
         )
         await self._replicas.bury()
-        return _SHARE * look
+        return max(rest, _SHARE * look)
 
     def _due(self, entries: Iterable[Entry], views: Mapping[ObjectKey, Mapping[str, Any]]) -> Iterator[_Due]:
         """Yield what is to be written."""
@@ -237,19 +245,30 @@ class StatusWriter:
         for uid in self._written.keys() - there:
             del self._written[uid]
 
-    async def _write_all(self, due: Iterable[_Due]) -> None:
+    async def _write_all(self, due: Iterable[_Due]) -> float:
+        """Write these; return for how many seconds to rest. Raises ApiError.
+
+        One that is refused, or a kind that may not be written, does not keep the others from it.
+        """
+        refused: set[str] = set()
         for entry, found, status in due:
             if not self._leader.is_leading:
-                return
+                break
+            if entry.key.kind in refused:
+                continue
             metadata = {"name": entry.key.name, "namespace": entry.key.namespace, "uid": entry.uid}
             body = {"apiVersion": entry.api_version, "kind": entry.key.kind, "metadata": metadata}
             try:
                 await self._api.apply(f"{path_of(entry)}/status", {**body, "status": status}, MANAGER)
             except ApiError as error:
-                if error.status not in _GONE:
+                if not error.is_of_request:
                     raise
+                if error.status not in _GONE:
+                    refused.add(entry.key.kind)
+                    _LOG.warning("a status is refused", object=str(entry.key), problem=str(error))
             self._written[entry.uid] = (found, time.monotonic())
             await asyncio.sleep(_PER_WRITE)
+        return RENEW if refused else 0.0
 
 
 class _Schemas:

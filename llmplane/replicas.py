@@ -12,6 +12,7 @@ import json
 import secrets
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -124,7 +125,7 @@ class Replicas:
 
     def others(self) -> list[Mapping[ObjectKey, Count]]:
         """Return the counts of each other replica that is alive."""
-        entries = next(iter(self._entries.items.values()), {})
+        entries = self._all()
         now = time.monotonic()
         alive = [
             name
@@ -134,11 +135,15 @@ class Replicas:
         return [self._counts(name, entries[name]) for name in alive]
 
     async def tell(self, views: Iterable[View]) -> None:
-        """Write the counts of this replica, if they changed; at a bounded rate. Raises ApiError."""
+        """Write the counts of this replica, if they changed; at a bounded rate. Raises ApiError.
+
+        Also if they are not there any more: who could not renew them for a while was taken for dead.
+        """
         counts = [[*key_of(view), *Count.of(view)] for view in views]
         text = gzip.compress(json.dumps(counts).encode(), 6, mtime=0)
         now = time.monotonic()
-        if text == self._told or now < self._may_tell_at:
+        is_there = not self._entries.is_synced or self._name in self._all()
+        if (text == self._told and is_there) or now < self._may_tell_at:
             return
         self._may_tell_at = now + 1 + len(text) / _PER_SECOND
         if not self._told:
@@ -160,12 +165,16 @@ class Replicas:
     async def bury(self) -> None:
         """Remove what dead replicas left behind. Raises ApiError."""
         now = time.monotonic()
-        entries = next(iter(self._entries.items.values()), {})
+        entries = self._all()
         for name in [name for name, (_, at) in self._seen.items() if now - at > _STALE]:
             if name in entries or name in next(iter(self._beats.items.values()), {}):
                 await self._remove(f"llmplane-{name}")
             del self._seen[name]
             self._read.pop(name, None)
+
+    def _all(self) -> Mapping[str, str]:
+        """Return the entries of all replicas."""
+        return next(iter(self._entries.items.values()), {})
 
     def _see(self) -> None:
         for name, beat in next(iter(self._beats.items.values()), {}).items():
@@ -178,7 +187,8 @@ class Replicas:
             try:
                 for kind, namespace, of, *rest in json.loads(gzip.decompress(base64.b64decode(text))):
                     counts[ObjectKey(kind, namespace, of)] = Count(*rest)
-            except (OSError, ValueError, TypeError) as error:  # of another version of this program
+            # It is of another version of this program.
+            except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
                 _LOG.warning("the counts of a replica cannot be read", replica=name, problem=str(error))
             self._read[name] = text, counts
         return self._read[name][1]

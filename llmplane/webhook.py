@@ -50,7 +50,8 @@ def validated(request: Mapping[str, Any]) -> _Answer:
     problems += tuple(readable_keys(item))
     errors = [str(each) for each in problems if each.severity is Severity.ERROR]
     warnings = [str(each).removeprefix("warning: ") for each in problems if each.severity is Severity.WARNING]
-    is_untouched = (request.get("oldObject") or {}).get("spec", ...) == document.get("spec")
+    before = request.get("oldObject") or {}
+    is_untouched = bool(before) and before.get("spec") == document.get("spec")
     if errors and not is_untouched:
         return _refused("\n".join(errors))
     return {"allowed": True, "warnings": [*errors, *warnings]}

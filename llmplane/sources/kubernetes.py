@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from crds.meshconfig import load_mesh_config
 from crds.meta import DEFAULT_NAMESPACE, GROUP, VERSIONS, BaseObject
 from crds.problems import ObjectKey, Problem, Severity
 from crds.unreadable import SECURITY_KINDS, UnreadablePolicy, selected_labels
+from llmplane.background import end
 from llmplane.kubeacknowledged import AcknowledgedConfigMap
 from llmplane.kubeapi import Api
 from llmplane.sources.keeping import Keeper
@@ -120,7 +120,7 @@ class KubernetesSource:
                     yield state
                     self._keeper.put_on_disk()
         finally:
-            await _end(stopped, *self._tasks.values())
+            await end(stopped, *self._tasks.values())
 
     def entries(self) -> Iterator[Entry]:
         """Yield the objects of all kinds that have a status, valid or not, as the API server has them."""
@@ -145,12 +145,12 @@ class KubernetesSource:
         self._wanted = wanted
         namespaces = {key.namespace for key in wanted}
         for namespace in self._secrets.keys() - namespaces:
-            await _end(self._tasks.pop(self._secrets.pop(namespace)))
+            await end(self._tasks.pop(self._secrets.pop(namespace)))
         for namespace in new:
             if namespace in self._secrets:
                 # What nobody referred to was not kept.
                 reflector = self._secrets[namespace]
-                await _end(self._tasks[reflector])
+                await end(self._tasks[reflector])
                 reflector.read_again()
             else:
                 path = f"/api/v1/namespaces/{namespace}/secrets"
@@ -278,6 +278,8 @@ class KubernetesMesh:
             yield self.settings
 
     def _take(self) -> None:
+        if not self.reflector.is_synced:  # it could not be read: that does not say that there is none
+            return
         text = next(iter(self.reflector.items.values()), "")
         config, found = load_mesh_config(text, self._file)
         problems = tuple(replace(problem, line=0) for problem in found)
@@ -369,11 +371,3 @@ def _credentials(item: BaseObject) -> set[str]:
     settings = [server.tls for server in item.spec.servers if server.tls is not None]
     names = [name for tls in settings for name in (*tls.secrets, tls.ca_cert_credential_name) if name]
     return set(names)
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    for task in tasks:
-        with suppress(asyncio.CancelledError, Exception):
-            await task

@@ -6,7 +6,7 @@ only where the API server has forgotten that point (410) everything is listed ag
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
@@ -98,12 +98,7 @@ class Reflector(Generic[_T]):
     async def _list(self) -> None:
         """List everything; what is not there any more is removed at the end."""
         path = await self._installed_path()
-        found: dict[Name, _T] = {}
-        version = ""
-        async for version, documents in self._pages(path):  # noqa: B007 - the last one counts
-            for document in documents:
-                self._keep(document, found, self.items)
-            await asyncio.sleep(0)
+        version, found = await self._all(path)
         is_same = self.is_synced and self.is_installed and _is_same(found, self.items)
         self.items, self._path, self._version = found, path, version
         self.is_synced = self.is_installed = True
@@ -123,8 +118,9 @@ class Reflector(Generic[_T]):
                 return path
         return self._paths[-1]
 
-    async def _pages(self, path: str) -> AsyncGenerator[tuple[str, Sequence[Mapping[str, Any]]]]:
-        """Yield resourceVersion and objects of each page."""
+    async def _all(self, path: str) -> tuple[str, dict[Name, _T]]:
+        """Return resourceVersion and what is kept of all objects, which are asked for in pages."""
+        found: dict[Name, _T] = {}
         token = ""
         while True:
             query = {**self._query, "limit": str(PAGE), **({"continue": token} if token else {})}
@@ -135,11 +131,14 @@ class Reflector(Generic[_T]):
                     raise
                 # What the pages are of is forgotten: all at once, as client-go does.
                 page = await self._api.get(path, **self._query)
+                found.clear()
+            for document in page["items"] or ():
+                self._keep(document, found, self.items)
             metadata = page["metadata"]
-            yield metadata["resourceVersion"], page["items"] or ()
             token = metadata.get("continue", "")
             if not token:
-                return
+                return metadata["resourceVersion"], found
+            await asyncio.sleep(0)
 
     async def _watch(self) -> None:
         """Follow the changes until the watch ends."""

@@ -157,7 +157,7 @@ def test_swapping_providers_under_load_loses_no_request(
                 eventually(lambda enough=enough: answered(envoy) >= enough)
         late = envoy.stats("init_fetch_timeout$")
         clusters = set(re.findall(r"^outbound\S+?(?=::)", envoy.admin("/clusters").decode(), re.MULTILINE))
-    assert clusters == {f"outbound|80||p{SWAPS}.example.com"}
+    assert clusters == {f"outbound|443||p{SWAPS}.example.com"}
     assert any(name.startswith("sds.") for name in late)
     assert set(late.values()) == {0}, "nothing was ever waited for until Envoy gave up (15 s)"
 

@@ -55,6 +55,8 @@ class FakeApi:
         """Plurals that the cluster does not have."""
         self.refuse: Refuse | None = None
         """Answers a request in place of the server."""
+        self.hangs = False
+        """Requests are not answered."""
         self.page = 500
         self._version = 1
         self._oldest = 0
@@ -132,6 +134,8 @@ class FakeApi:
         self, request: web.Request
     ) -> web.StreamResponse:
         """Answer a request."""
+        if self.hangs:
+            await asyncio.Event().wait()
         parts = request.path.strip("/").split("/")
         parts = parts[2:] if parts[0] == "api" else parts[3:]
         namespace = ""

@@ -217,17 +217,20 @@ async def test_ten_thousand_objects(fake: FakeApi, watching: Any) -> None:
 
 
 async def test_a_page_that_is_too_old_is_asked_for_as_a_whole(fake: FakeApi, watching: Any) -> None:
+    """What was deleted since the first page, which had it, is gone."""
     fake.page = 3
     for number in range(10):
         await fake.put(provider(f"p{number}", host=f"h{number}.example.com"))
 
     def forget(request: web.Request) -> None:
         if "continue" in request.query:
+            fake.objects.pop(("llmproviders", "default", "p0"), None)
             fake.forget_history()
 
     fake.refuse = forget
     async with watching() as source:
-        await source.when(lambda state: len(state.objects) == 10)
+        state = await source.when(names)
+        assert names(state) == [f"p{number}" for number in range(1, 10)]
 
 
 async def test_a_watch_that_is_cut_goes_on_where_it_was(fake: FakeApi, watching: Any) -> None:
@@ -472,6 +475,29 @@ class TestMeshConfiguration:
         async with watching() as source:
             await source.when(has())
             assert source.source.mesh.settings.config == MeshConfig()
+
+    async def test_one_that_cannot_be_read_yet_is_not_one_that_is_not_there(
+        self, fake: FakeApi, watching: Any
+    ) -> None:
+        """Policies of its root namespace would have no effect."""
+        await fake.put(MESH, provider())
+        refused: list[str] = []
+
+        def refuse(request: web.Request) -> web.Response | None:
+            if "istio-system" not in request.path:
+                return None
+            refused.append(request.path)
+            return web.json_response({"message": "configmaps is forbidden"}, status=403)
+
+        fake.refuse = refuse
+        async with watching() as source:
+            async with asyncio.timeout(60):
+                while len(refused) < 10:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert not source.states
+            fake.refuse = None
+            await source.when(has("a"))
+            assert source.source.mesh.settings.config.root_namespace == "mesh-root"
 
     async def test_a_broken_one_changes_nothing(self, fake: FakeApi, watching: Any) -> None:
         await fake.put(MESH)

@@ -2,17 +2,22 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog
 import yaml
+from aiohttp import ClientTimeout, web
 
 from crds.loader import LoadedObject, load_object
 from crds.problems import ObjectKey
-from llmplane import kubestatus, leader
+from llmplane import kubeapi, kubestatus, leader
+from llmplane.background import running
 from llmplane.kubeapi import Api
 from llmplane.kubestatus import Figure, StatusWriter, figures, is_written, status_of
 from llmplane.leader import Leader
+from llmplane.replicas import Replicas
 from llmplane.sources.kubernetes import Entry
 from tests.support.kubeapi import FakeApi
 
@@ -170,6 +175,80 @@ class TestWriter:
         with contextlib.suppress(asyncio.CancelledError):
             await task
         assert fake.get("leases", "llmplane", "llmplane-system")["spec"]["holderIdentity"] == ""
+
+    async def test_one_that_is_refused_keeps_no_other_from_its_status(
+        self, api: Api, fake: FakeApi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A right is missing for one kind, or an admission policy is against one object."""
+        monkeypatch.setattr(kubestatus, "_LOOK", 0.01)
+        await fake.put(PROVIDER)
+        provider = entry_of(fake)
+        key = provider.key._replace(kind="LLMRoute")
+        routes = [replace(provider, key=key._replace(name=name), uid=name) for name in "xyz"]
+        refused: list[str] = []
+
+        def refuse(request: web.Request) -> web.Response | None:
+            if request.method != "PATCH" or "llmroutes" not in request.path:
+                return None
+            refused.append(request.path)
+            return web.json_response({"message": "llmroutes/status is forbidden"}, status=403)
+
+        fake.refuse = refuse
+        writer = StatusWriter(api, replica(api, "one"), lambda: [*routes, entry_of(fake)], list, bool)
+        async with running(writer.run()), asyncio.timeout(60):
+            while "status" not in fake.get("llmproviders", "a"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert len(refused) == 1, "of its kind one is tried at a time"
+
+    async def test_what_another_replica_wrote_meanwhile_is_corrected_at_once(
+        self, api: Api, fake: FakeApi
+    ) -> None:
+        await fake.put(PROVIDER)
+        one, two = replica(api, "one"), replica(api, "two")
+        writer = StatusWriter(api, one, lambda: [entry_of(fake)], list, bool)
+        await one.step()
+        await writer._look()
+        written = fake.get("llmproviders", "a")["status"]
+        await one.release()
+        await two.step()
+        await writer._look()
+        await fake.put_object({**fake.get("llmproviders", "a"), "status": {"status": "OK"}})
+        await two.release()
+        await one.step()
+        await writer._look()
+        assert fake.get("llmproviders", "a")["status"]["status"] == written["status"] == "Invalid"
+
+    async def test_a_mistake_of_ours_lets_another_replica_lead(
+        self, api: Api, fake: FakeApi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = replica(api, "one")
+
+        async def fail(_: Replicas) -> None:
+            while not one.is_leading:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            raise KeyError("x")
+
+        monkeypatch.setattr(Replicas, "run", fail)
+        with pytest.raises(KeyError):
+            await StatusWriter(api, one, list, list, bool).run()
+        assert fake.get("leases", "llmplane", "llmplane-system")["spec"]["holderIdentity"] == ""
+
+    async def test_who_ends_does_not_wait_for_an_api_server_that_hangs(
+        self, api: Api, fake: FakeApi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kubestatus, "_LAST_WRITE", 0.1)
+        monkeypatch.setattr(kubeapi, "_REQUEST", ClientTimeout(total=None))
+        one = replica(api, "one")
+        task = asyncio.create_task(StatusWriter(api, one, list, list, bool).run())
+        async with asyncio.timeout(60):
+            while not one.is_leading:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            fake.hangs = True
+            task.cancel()
+            with structlog.testing.capture_logs() as logs, pytest.raises(asyncio.CancelledError):
+                await task
+        (line,) = logs
+        assert line["event"].startswith("the API server does not answer")
 
     async def test_who_does_not_lead_writes_nothing(
         self, api: Api, fake: FakeApi, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,15 @@ from typing import Any
 import pytest
 import structlog
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
 
 from llmplane import meshca
 from llmplane.certificates import CertificateAuthority
@@ -182,6 +191,36 @@ async def test_what_somebody_else_put_there_is_not_overwritten(
     assert not await ca._look()
     assert secret.data == data
     assert why in logs[-1]["problem"]
+
+
+async def test_a_key_that_is_encrypted_is_not_overwritten(
+    secret: Secret, tmp_path: Path, logs: list[Any]
+) -> None:
+    secret.hold(ends_in(3000))
+    key = load_pem_private_key(base64.b64decode(secret.data["ca.key"]), None)
+    encrypted = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
+    secret.data["ca.key"] = base64.b64encode(encrypted).decode()
+    before = dict(secret.data)
+    assert not await replica(secret, tmp_path)._look()
+    assert secret.data == before
+    assert "is encrypted" in logs[-1]["problem"]
+
+
+async def test_an_authority_that_cannot_be_named_by_what_it_issues_is_not_used(
+    secret: Secret, tmp_path: Path, logs: list[Any]
+) -> None:
+    """Verifiers find the one of several by its key's identifier."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "own CA")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=3000))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    secret.hold(CertificateAuthority(certificate, key))
+    assert not await replica(secret, tmp_path)._look()
+    assert "has no subject key identifier" in logs[-1]["problem"]
 
 
 async def test_what_somebody_has_emptied_is_put_back(secret: Secret, tmp_path: Path) -> None:

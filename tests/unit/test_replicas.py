@@ -1,6 +1,8 @@
 """Proxies of several replicas, added up, and events: without an API server of Kubernetes."""
 
 import asyncio
+import base64
+import gzip
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ import pytest
 
 from crds.problems import ObjectKey, Problem, Severity
 from llmplane import replicas
+from llmplane.background import running
 from llmplane.events import Call, Events, calls
-from llmplane.kubeapi import Api
+from llmplane.kubeapi import Api, ApiError
 from llmplane.replicas import NAME, Count, Replicas, key_of, total
 from llmplane.sources.kubernetes import Entry
 from tests.support.kubeapi import FakeApi
@@ -119,6 +122,37 @@ class TestReplicas:
         await leader.bury()
         assert fake.get("configmaps", NAME, NAMESPACE)["binaryData"] == {}
 
+    async def test_who_was_taken_for_dead_is_counted_again(
+        self, api: Api, leader: Replicas, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It could not reach the API server for more than a minute; its counts are what they were."""
+        other = Replicas(api, NAMESPACE)
+        async with running(other.run()):
+            await other.tell([view("1/2")])
+            await programmed(leader, ["1/2"])
+            real = replicas.time.monotonic
+            monkeypatch.setattr(replicas.time, "monotonic", lambda: real() + 120)
+            await leader.bury()
+            async with asyncio.timeout(60):
+                while leader.others() == []:
+                    await other.renew()
+                    await other.tell([view("1/2")])
+                    await asyncio.sleep(0.01)
+            await programmed(leader, ["1/2"])
+
+    @pytest.mark.parametrize("size", [5, 15, 25])
+    async def test_counts_that_cannot_be_read(
+        self, api: Api, leader: Replicas, fake: FakeApi, size: int
+    ) -> None:
+        """They hinder no status: the replica has not read any object yet, as far as one knows."""
+        await Replicas(api, NAMESPACE).tell([view("1/2")])
+        await programmed(leader, ["1/2"])
+        config_map = fake.get("configmaps", NAME, NAMESPACE)
+        bad = base64.b64encode(gzip.compress(bytes(100))[:size]).decode()
+        await fake.put_object({**config_map, "binaryData": dict.fromkeys(config_map["binaryData"], bad)})
+        await programmed(leader, [])
+        assert leader.others() == [{}]
+
     async def test_ten_thousand_objects_are_some_hundred_kilobytes(self, api: Api, fake: FakeApi) -> None:
         """A ConfigMap may have a megabyte."""
         views = [view("3/3", name=f"provider-{n}") | {"uid": f"{n * 7919:036x}"} for n in range(10_000)]
@@ -157,6 +191,30 @@ class TestEvents:
         assert event["regarding"]["uid"] == "uid-1"
         await Events(api).tell([(entry(), Call("Invalid", "is wrong", "3"))])
         assert len([key for key in fake.objects if key[0] == "events"]) == 2
+
+    async def test_one_that_is_not_made_for_want_of_credentials_is_made_later(
+        self, api: Api, fake: FakeApi
+    ) -> None:
+        """They were changed, and are read again."""
+        found = [(entry(), Call("Invalid", "is wrong", "2"))]
+        events = Events(api)
+        fake.token = "token-2"  # noqa: S105 - of a test
+        with pytest.raises(ApiError, match="Unauthorized"):
+            await events.tell(found)
+        fake.token = ""
+        await events.tell(found)
+        assert [key for key in fake.objects if key[0] == "events"]
+
+    async def test_what_an_event_may_be(self, api: Api, fake: FakeApi) -> None:
+        """Its name is one of DNS, and its note has 1,024 bytes at most (seen on a real API server)."""
+        long = entry()
+        long.key = long.key._replace(name="a" * 199 + "-b")
+        await Events(api).tell([(long, Call("Invalid", "\u4ef7" * 500, "2"))])
+        ((_, _, name),) = [key for key in fake.objects if key[0] == "events"]
+        assert "-." not in name
+        note = fake.get("events", name)["note"]
+        assert note == "\u4ef7" * 340 + " ..."
+        assert len(note.encode()) == 1024
 
     async def test_a_few_at_a_time(self, api: Api, fake: FakeApi) -> None:
         many = [(entry(), Call("Invalid", "is wrong", str(n))) for n in range(25)]

@@ -84,6 +84,13 @@ def test_an_edit_that_leaves_the_spec_as_it_is_passes() -> None:
     assert not validated({"operation": "UPDATE", "object": wrong, "oldObject": provider()})["allowed"]
 
 
+def test_an_edit_of_an_object_without_a_spec_passes() -> None:
+    bare = {name: value for name, value in provider().items() if name != "spec"}
+    labelled = {**bare, "metadata": {**bare["metadata"], "labels": {"a": "b"}}}
+    assert validated({"operation": "UPDATE", "object": labelled, "oldObject": bare})["allowed"]
+    assert not validated({"operation": "CREATE", "object": bare, "oldObject": None})["allowed"]
+
+
 def pod(**annotations: str) -> dict[str, Any]:
     return {
         "metadata": {"generateName": "sleep-", "annotations": annotations},
@@ -120,6 +127,7 @@ def test_a_pod_without_a_proxy_stays_as_it_is() -> None:
         ("proxy.istio.io/config", "concurrency: two", "concurrency must be a number from 0"),
         ("proxy.istio.io/config", "[", "is not valid YAML"),
         ("proxy.istio.io/config", "two", "must be an object"),
+        ("proxy.istio.io/config", "since: 2024-13-01", "is not valid YAML"),
     ],
 )
 def test_an_annotation_that_cannot_be_followed_is_named(annotation: str, value: str, why: str) -> None:
@@ -161,6 +169,19 @@ def test_an_error_offline_names_the_object() -> None:
     text = json.dumps({"kind": "Job", "metadata": {"name": "a"}, "spec": {}})
     with pytest.raises(InjectionError, match=r"^Job a: has no spec.template.spec$"):
         inject_documents(text, SETTINGS)
+
+
+@pytest.mark.parametrize("what", ["label", "annotation"])
+@pytest.mark.parametrize("key", ["sidecar.istio.io/inject", "traffic.sidecar.istio.io/excludeOutboundPorts"])
+def test_what_yaml_does_not_take_for_a_string_is_named(what: str, key: str) -> None:
+    """As kubectl does; `true` is not `"true"`."""
+    from llmplane.injection import inject_documents  # noqa: PLC0415
+
+    document = {"kind": "Pod", **pod(), "metadata": {"name": "a", f"{what}s": {key: True}}}
+    with pytest.raises(InjectionError, match=f"^Pod a: {what} {key}: must be a string"):
+        inject_documents(yaml.safe_dump(document), SETTINGS)
+    document["metadata"][f"{what}s"] = {"checksum": None}
+    assert "istio-proxy" in inject_documents(yaml.safe_dump(document), SETTINGS), "as the API server takes it"
 
 
 @pytest.fixture
