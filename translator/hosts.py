@@ -17,11 +17,11 @@ def service_name(host: str, namespace: str, domain: str) -> tuple[str, str] | No
     """
     if "." not in host:
         return (host, namespace) if is_bare(host) else None
-    parts = host.removesuffix(f"{SERVICE_PART}.{domain}").removesuffix(SERVICE_PART)
-    if parts == host or parts.count(".") != 1 or host.startswith("*"):
-        return None
-    name, _, of = parts.partition(".")
-    return name, of
+    for ending in (f"{SERVICE_PART}.{domain}", SERVICE_PART):
+        if host.endswith(ending):
+            name, _, of = host.removesuffix(ending).partition(".")
+            return (name, of) if name != "*" and of and "." not in of else None
+    return None
 
 
 def short_name(host: str, namespace: str, domain: str) -> str:

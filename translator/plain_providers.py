@@ -27,16 +27,15 @@ def is_written_otherwise(domain: str) -> str:
 def cluster_name_script(namespace: str, domain: str) -> str:
     """Return a Lua function that names the cluster of a host in lower case, as `hosts.short_name` does."""
     return f"""
-local function without(host, ending)
-  return host:sub(-#ending) == ending and host:sub(1, -#ending - 1) or host
-end
-local function cluster_name(host)
-  local short = without(without(host, {literal(f"{SERVICE_PART}.{domain}")}), {literal(SERVICE_PART)})
-  if not host:find("[.:]") then
-    short = host .. {literal(f".{namespace}")}
-  elseif not short:find("^[^.]*%.[^.]*$") then
-    short = host
+local function short_name(host)
+  if not host:find("[.:]") then return host .. {literal(f".{namespace}")} end
+  for _, ending in ipairs({literal([f"{SERVICE_PART}.{domain}", SERVICE_PART])}) do
+    if host:sub(-#ending) == ending then
+      local short = host:sub(1, -#ending - 1)
+      return short:find("^[^.]*%.[^.]+$") and short or host
+    end
   end
-  return {literal(PLAIN)} .. short
+  return host
 end
+local function cluster_name(host) return {literal(PLAIN)} .. short_name(host) end
 """

@@ -166,6 +166,7 @@ def test_the_host_of_an_llmroute_leads_to_its_provider_by_no_other_name() -> Non
     assert clusters_of(table, "example.com") == {"outbound|443||example.com"}
     assert clusters_of(table, "example.com.svc") == set()
     assert clusters_of(table, "example.com.svc.cluster.local") == set()
+    assert clusters_of(table, "example.com.svc.svc.cluster.local") == set()
 
 
 def test_the_older_of_two_providers_has_a_service_by_all_its_names() -> None:
