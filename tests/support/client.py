@@ -80,7 +80,8 @@ class ProxyClient:
             for name, value in (headers or {}).items():
                 connection.putheader(name, value)
             connection.endheaders(body)
-            yield connection.getresponse()
+            with connection.getresponse() as response:
+                yield response
         finally:
             connection.close()
 
@@ -89,10 +90,10 @@ class ProxyClient:
         with socket.create_connection(self._address, timeout=timeout) as connection:
             with suppress(ConnectionError):
                 connection.sendall(data)
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            answer_headers = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, answer_headers, response.read())
+            with http.client.HTTPResponse(connection) as response:
+                response.begin()
+                answer_headers = {name.lower(): value for name, value in response.getheaders()}
+                return Answer(response.status, answer_headers, response.read())
 
     def _connection(self, host: str, timeout: float) -> http.client.HTTPConnection:  # noqa: ARG002
         return http.client.HTTPConnection(*self._address, timeout=timeout)
