@@ -17,6 +17,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
@@ -167,12 +168,24 @@ class ServerCertificate:
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials that ask the files again for each new connection.
 
-        They never answer "no change", so that each connection gets a TLS context of its own: no client
-        resumes a session whose certificate has expired since.
+        Where these are the same, gRPC keeps its TLS context: while it takes another, connections that begin
+        at that moment use one that is gone, and the process dies (seen with grpcio 1.85.1, within seconds
+        when hundreds of clients connect at once and each gets a context of its own). So a client can resume
+        a session; `certificate_proof` looks whether its certificate is still good.
         """
+        served = self._current.revision()
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal served
+            revision = self._current.revision()
+            if revision == served:
+                return None
+            served = revision
+            return self._configuration()
+
         return grpc.dynamic_ssl_server_credentials(
             self._configuration(),
-            self._configuration,
+            changed,  # type: ignore[arg-type] # the stubs know no "no change"
             require_client_authentication=len(self._files) > 2,  # noqa: PLR2004
         )
 
@@ -180,7 +193,7 @@ class ServerCertificate:
         """Return the TLS context of today, for HTTP; a new object when the files change.
 
         Each new connection gets it also from a context of before. A client may come without a certificate;
-        sessions are not resumed (see above).
+        sessions are not resumed, so that none outlives its certificate.
         """
         revision = self._current.revision()
         if self._context is None or self._context[0] != revision:
@@ -325,12 +338,12 @@ class FileAuthenticator:
         return tuple(of.revision() for of in (self._tokens, self._client_ca) if of)
 
     async def authenticate(
-        self, peer: Peer, metadata: Mapping[str, str | bytes], _: Node, _known: object = None
+        self, peer: Peer, metadata: Mapping[str, str | bytes], _: Node, known: object = None
     ) -> Identity:
         """Return who the peer proves to be. Raises Unauthenticated."""
         proofs: list[tuple[Grant, ...]] = []
         if self._client_ca:
-            proofs.append(certificate_proof(peer, self._client_ca))
+            proofs.append(certificate_proof(peer, self._client_ca, known))
         if self._tokens:
             authorization = metadata.get("authorization")
             if authorization is None:
@@ -345,10 +358,18 @@ class FileAuthenticator:
         """Do nothing: no identity needs looking after."""
 
 
-def certificate_proof(peer: Peer, client_ca: ClientCA) -> tuple[Grant, ...]:
-    """Return which proxies a peer's certificate allows it to be. Raises Unauthenticated."""
-    if peer.chain and not client_ca.issued(peer.chain):
-        raise Unauthenticated("the client certificate is of a CA that is not trusted any more")
+def certificate_proof(peer: Peer, client_ca: ClientCA, known: object = None) -> tuple[Grant, ...]:
+    """Return which proxies a peer's certificate allows it to be. Raises Unauthenticated.
+
+    It has to be valid when a stream begins, that of a resumed session too; `known` says that the stream is
+    there already.
+    """
+    if peer.chain:
+        if not client_ca.issued(peer.chain):
+            raise Unauthenticated("the client certificate is of a CA that is not trusted any more")
+        if known is None and _is_expired(peer.chain):
+            raise Unauthenticated("the client certificate has expired")
+        peer = _with_whole_names(peer)
     grants = certificate_grants(peer)
     if not grants:
         raise Unauthenticated(
@@ -359,10 +380,11 @@ def certificate_proof(peer: Peer, client_ca: ClientCA) -> tuple[Grant, ...]:
 
 
 def bearer_token(authorization: str | bytes) -> str:
-    """Return the token of an `authorization` header, empty if it has none."""
+    """Return the token of an `authorization` header, empty if it has none, or what can be none."""
     text = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
-    scheme, _, token = text.partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
+    scheme, _, rest = text.partition(" ")
+    token = rest.strip()
+    return token if scheme.lower() == "bearer" and _TOKEN.fullmatch(token) else ""
 
 
 def certificate_grants(peer: Peer) -> tuple[Grant, ...]:
@@ -374,6 +396,24 @@ def certificate_grants(peer: Peer) -> tuple[Grant, ...]:
         found = _SPIFFE.fullmatch(peer.uris[0]) if len(peer.uris) == 1 else None
         return (Grant(found[1]),) if found and _is(_NAMESPACE, found[1]) else ()
     return tuple(grant for name in peer.dns_names if (grant := _dns_grant(name.lower())))
+
+
+def _with_whole_names(peer: Peer) -> Peer:
+    """Return a peer with the names that are in its certificate.
+
+    gRPC's end at a NUL (seen with grpcio 1.85.1): one for `sleep.team-a`, NUL, `.example.com` would be one
+    for `sleep.team-a`.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificates(peer.chain)[0]
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return replace(peer, uris=(), dns_names=())
+    return replace(
+        peer,
+        uris=tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
+        dns_names=tuple(names.get_values_for_type(x509.DNSName)),
+    )
 
 
 def _dns_grant(name: str) -> Grant | None:
@@ -432,6 +472,10 @@ def _is_authority(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, ValueError):
         return False
+
+
+def _is_expired(chain: bytes) -> bool:
+    return datetime.now(UTC) > x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
 
 
 def _digest(token: str) -> bytes:

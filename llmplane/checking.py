@@ -4,10 +4,12 @@ One resource that violates them makes Envoy drop the whole response (envoy#32880
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from translator.parts import ResourceName
 from xds import protos, validation
+from xds.group import Archive
 from xds.resources import Resource
 
 
@@ -15,9 +17,11 @@ class ResourceChecker:
     """Holds violating resources back; each is checked once, as long as somebody keeps it.
 
     ``enabled`` False lets everything pass: the rules can differ from those of another version of Envoy.
+    What stands in for a violating version is told to ``archive``, and asked of it.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, archive: Archive | None = None, *, enabled: bool = True) -> None:
+        self._archive = archive
         self._enabled = enabled
         self._verdicts: WeakKeyDictionary[Resource, str] = WeakKeyDictionary()
 
@@ -26,8 +30,8 @@ class ResourceChecker:
     ) -> tuple[dict[ResourceName, Resource], dict[ResourceName, str]]:
         """Return what to serve, and what is wrong with the others by their type URL and name.
 
-        A violating resource is served in its version of ``before``, or not at all where there is none; one
-        that restricts, not in one that is open.
+        A violating resource is served in its version of ``before``, or that of the archive; where there is
+        none, who has any version keeps it. One that restricts is not served in a version that is open.
         """
         served: dict[ResourceName, Resource] = {}
         wrong: dict[ResourceName, str] = {}
@@ -38,10 +42,20 @@ class ResourceChecker:
                 served[name] = resource
                 continue
             wrong[name] = verdict
-            stand_in = resource.stand_in(before.get(name))
-            if stand_in is not None:
-                served[name] = stand_in
+            stand_in = resource.stand_in(self._good(resource, before.get(name)))
+            served[name] = stand_in or Resource.unknown(*name)
         return served, wrong
+
+    def _good(self, resource: Resource, before: Resource | None) -> Resource | None:
+        """Return the last good version of a violating resource."""
+        if self._archive is None:
+            return before
+        refused = (resource.type_url, resource.name, resource.version)
+        if before is None or before.held:
+            found = self._archive.get(refused)
+            return before if found is None else replace(found, guard=resource.guard)
+        self._archive.put(refused, before)
+        return before
 
     def _verdict(self, resource: Resource) -> str:
         if not self._enabled:

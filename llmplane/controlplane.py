@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from llmplane.auth import Identity
 from llmplane.checking import ResourceChecker
 from llmplane.metrics import Figures, Metrics
 from llmplane.problems import problems
+from llmplane.refusals import COUNTS
 from llmplane.sources.state import SourceState, world_of
 from llmplane.status import short_name
 from translator import policies
@@ -48,12 +50,19 @@ _UNKNOWN = (
 )
 
 
+_RENEWAL = COUNTS / 4
+"""Seconds between two looks at what the archive should not forget, or has forgotten."""
+
+
 class _Objection(NamedTuple):
     """Why an object does not do all of its work at some proxies."""
 
     reason: str
     text: str
 
+
+_Objections = dict[ObjectKey | None, list[_Objection]]
+"""By object; None: it is about no object in particular."""
 
 _UNCERTIFIED = "a proxy has no workload certificate for mutual TLS (llmplane proxy --workload-cert)"
 
@@ -108,6 +117,7 @@ class ControlPlane:
             archive=acknowledged,
             observer=self._metrics,
         )
+        self._archive = acknowledged
         self._authenticated = authenticator is not None
         self._source = source
         self._mesh = mesh
@@ -128,7 +138,7 @@ class ControlPlane:
         """Conditions."""
         self._translator = Translator()
         self._translations: dict[Hashable, Translation] = {}
-        self._checker = ResourceChecker(enabled=validate_resources)
+        self._checker = ResourceChecker(acknowledged, enabled=validate_resources)
         self._snapshots: dict[Hashable, Snapshot] = {}
         self._violations: dict[Hashable, dict[ResourceName, str]] = {}
 
@@ -162,6 +172,9 @@ class ControlPlane:
             if self._mesh_file is not None:
                 watch = asyncio.create_task(self._watch_mesh(self._mesh_file, stop))
                 stack.callback(watch.cancel)
+            if self._archive is not None:
+                renewal = asyncio.create_task(self._renew(self._archive))
+                stack.callback(renewal.cancel)
             serving = False
             async for state in self._source.states(stop):
                 try:
@@ -179,6 +192,21 @@ class ControlPlane:
                     xds_address = xds_address._replace(port=port)
                     _LOG.info("serving", xds=str(xds_address), admin=str(admin_address))
         _LOG.info("stopped")
+
+    async def _renew(self, archive: Archive) -> None:
+        """Keep what proxies that are here refused in the archive, for newcomers elsewhere.
+
+        What was refused elsewhere, or before, is tried again when the archive says that it counts no more.
+        """
+        while True:
+            await asyncio.sleep(_RENEWAL)
+            here = set(self.server.groups())
+            refusals = [refusal for refusal in self.server.refusals() if refusal.group in here]
+            for refusal in refusals:
+                if not refusal.archived:
+                    archive.add(replace(refusal, since=time.time()))
+            again = {refusal.group for refusal in refusals if refusal.archived} & self._snapshots.keys()
+            self.server.publish({group: self._snapshots[group] for group in again})
 
     async def _watch_mesh(self, file: MeshSource, stop: asyncio.Event) -> None:
         """Take over changes of the mesh configuration."""
@@ -286,12 +314,20 @@ class ControlPlane:
             "revision": self._revision,
             "objects": self._objects(proxies, refusals),
             "proxies": [self._view(proxy) for proxy in proxies],
-            "problems": [
-                *self._problems,
-                *([_UNKNOWN] if self._state.unknown else ()),
-                *(f"{key}: its last good version is in use" for key in sorted(self._state.kept)),
-                *(f"{key}: {each.text}" for key, objections in refusals.items() for each in objections),
-            ],
+            "problems": list(
+                dict.fromkeys(
+                    (
+                        *self._problems,
+                        *([_UNKNOWN] if self._state.unknown else ()),
+                        *(f"{key}: its last good version is in use" for key in sorted(self._state.kept)),
+                        *(
+                            f"{key}: {each.text}" if key else each.text
+                            for key, objections in refusals.items()
+                            for each in objections
+                        ),
+                    )
+                )
+            ),
         }
 
     def syncz(self) -> dict[str, Any]:
@@ -334,9 +370,9 @@ class ControlPlane:
             last_change=self._last_change,
         )
 
-    def _refusals(self) -> dict[ObjectKey, list[_Objection]]:
+    def _refusals(self) -> _Objections:
         """Return what proxies refuse or cannot do, or what is held back from them, by object."""
-        refusals: dict[ObjectKey, list[_Objection]] = {}
+        refusals: _Objections = {}
         for refusal in self.server.refusals():
             text = f"{refusal.node_id} refused {refusal.name}: {refusal.detail}"
             for key in self._origins(refusal.group, (refusal.type_url, refusal.name)):
@@ -379,18 +415,17 @@ class ControlPlane:
             for key, features in translation.missing.items()
         }
 
-    def _origins(self, group: Hashable, resource: ResourceName) -> list[ObjectKey]:
-        translation = self._translations.get(group)
-        origins = translation.origins if translation else {}
-        return [key for key, resources in origins.items() if resource in resources]
+    def _origins(self, group: Hashable, resource: ResourceName) -> Sequence[ObjectKey | None]:
+        """Return the objects that a resource comes from; None: there are proxies with it, and no object."""
+        if (translation := self._translations.get(group)) is None:
+            return []
+        return [key for key, resources in translation.origins.items() if resource in resources] or [None]
 
     def _counted(self) -> Iterator[LoadedObject]:
         """Yield the objects that have conditions."""
         return (item for item in self._judged.objects if item.key in self._conditions)
 
-    def _found(
-        self, item: LoadedObject, refusals: Mapping[ObjectKey, list[_Objection]]
-    ) -> list[dict[str, Any]]:
+    def _found(self, item: LoadedObject, refusals: _Objections) -> list[dict[str, Any]]:
         """Return the conditions of an object."""
         found = [
             {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
@@ -401,9 +436,7 @@ class ControlPlane:
             found.append({"type": "Programmed", "status": False, "reason": reason, "message": message})
         return found
 
-    def _objects(
-        self, proxies: Iterable[ProxyStatus], refusals: Mapping[ObjectKey, list[_Objection]]
-    ) -> list[dict[str, Any]]:
+    def _objects(self, proxies: Iterable[ProxyStatus], refusals: _Objections) -> list[dict[str, Any]]:
         """Say of each object whether it counts, what it lacks, and how many proxies acknowledged it."""
         # Most proxies are in the same state, and there may be thousands.
         alike = Counter(

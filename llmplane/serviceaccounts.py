@@ -93,7 +93,7 @@ class AccountAuthenticator:
         token is for the beginning, and the Pod is watched. Raises Unauthenticated, and
         AuthenticationUnavailable where the API server cannot be asked.
         """
-        proofs = (certificate_proof(peer, self._client_ca),) if self._client_ca else ()
+        proofs = (certificate_proof(peer, self._client_ca, known),) if self._client_ca else ()
         authorization = metadata.get("authorization", "")
         grant = self._tokens.grant(authorization) if self._tokens else None
         if grant is not None:

@@ -19,7 +19,7 @@ from typing import Final
 from weakref import ref
 
 from xds.group import NOTHING, ORIGIN, Point, Response
-from xds.names import members_of
+from xds.names import NONE, members_of
 from xds.resources import ECDS, WILDCARD_TYPES, Resource
 from xds.snapshot import EMPTY, ResourceSet
 from xds.subscription import Pending, Phase, Subscription, check_names
@@ -137,7 +137,7 @@ class DeltaSubscription(Subscription):
 
     def _subscribe(self, names: frozenset[str], reported: Mapping[str, str]) -> None:
         check_names(names)
-        self.names = self._group.names(self.type_url, self.names, self.names | names)
+        self.names = self._group.names(self.type_url, self.names, names - self.names, NONE)
         if names == self.names:
             names = self.names  # the texts that others have as well
         asked = self._expand(names) | members_of(names & self.names.globs, reported)
@@ -146,7 +146,7 @@ class DeltaSubscription(Subscription):
     def _unsubscribe(self, names: frozenset[str]) -> None:
         globs = names & self.names.globs
         members = names | members_of(globs, {*self.held.own, *self._tip} if globs else ())
-        self.names = self._group.names(self.type_url, self.names, self.names - names)
+        self.names = self._group.names(self.type_url, self.names, NONE, names)
         self._detach()
         gone = frozenset(member for member in members if not self._relevant(member))
         self.held.update(dict.fromkeys(gone))
@@ -173,6 +173,7 @@ class DeltaSubscription(Subscription):
         self.held.base, self.held.own = base, own or NOTHING
         self._tip = base
         self._dirty = {**self._dirty, **dict.fromkeys(own)} or NOTHING
+        self._group.note_accepted(self.type_url, own)
         if self.wildcard:
             self._group.report(self.type_url, base, own)
 

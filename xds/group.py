@@ -12,6 +12,9 @@ has any version keeps it, newcomers go without. That lasts until the content cha
 accepts that very version after all; a proxy that refuses what others accept is alone with its refusal (see
 `Subscription.refused`).
 
+What is refused is told to an archive, and that is asked whenever there is something new: what proxies like
+these refused lately, in an earlier process or at another server, begins in quarantine.
+
 No I/O and no clock in here.
 """
 
@@ -193,16 +196,35 @@ class Refusal:
     """Seconds since the epoch."""
     node_id: str
     """The proxy that refused it first."""
+    archived: bool = False
+    """It was refused in another group, at another server or in an earlier process."""
+
+    @property
+    def refused(self) -> tuple[str, str, str]:
+        """What an archive calls the version."""
+        return self.type_url, self.name, self.version
 
 
 class Archive(Protocol):
-    """Remembers what stands in for refused versions, for other groups, replicas and later processes."""
+    """Remembers refused versions, for other groups, replicas and later processes.
+
+    Such a version is called by type URL, name and version.
+    """
 
     def put(self, refused: tuple[str, str, str], good: Resource) -> None:
-        """Remember the version that was accepted last for a refused one (type URL, name, version)."""
+        """Remember the version that was accepted last for a refused one."""
 
     def get(self, refused: tuple[str, str, str]) -> Resource | None:
         """Return it, if it is known."""
+
+    def add(self, refusal: Refusal) -> None:
+        """Remember who refused it."""
+
+    def drop(self, refusal: Refusal) -> None:
+        """Forget that: proxies of its group accept it, or it has gone."""
+
+    def refusals(self, group: Hashable) -> Iterable[Refusal]:
+        """Return what proxies like those of a group refused lately."""
 
 
 class Group:
@@ -243,9 +265,12 @@ class Group:
             sets[type_url] = new if new.changed(old) else old
         self._snapshot = Snapshot.from_sets(sets, incomplete=snapshot.incomplete)
         self.order = ROUTES_FIRST if snapshot.routes_first else PUSH_ORDER
-        for (type_url, name), refusal in list(self.refusals.items()):
+        for key, refusal in list(self.refusals.items()):
             if not self.has(refusal):
-                del self.refusals[type_url, name]
+                self._lift(key)
+            elif refusal.archived:
+                del self.refusals[key]  # unless it still counts
+        self._recall()
         self._step()
 
     def has(self, refusal: Refusal) -> bool:
@@ -274,30 +299,18 @@ class Group:
         last = good.get(refusal.name)
         if not self.has(refusal) or (last is not None and last.version == refusal.version):
             return
-        refused = (refusal.type_url, refusal.name, refusal.version)
-        if last is None:
-            last = fallback if fallback is not None and fallback.delta_frame and not fallback.held else None
-            if last is None and self._archive is not None:
-                last = self._archive.get(refused)
-            if last is not None:
-                good.update({refusal.name: last})
-        if last is not None and self._archive is not None:
-            self._archive.put(refused, last)
+        if last is None and fallback is not None and fallback.delta_frame and not fallback.held:
+            good.update({refusal.name: fallback})
         self.refusals[refusal.type_url, refusal.name] = refusal
+        self._archive_good(refusal)
+        if self._archive is not None:
+            self._archive.add(refusal)
         self._step()
 
     def look_again(self) -> None:
-        """Ask the archive for what stands in for refused versions, where nothing is known of that yet."""
-        if self._archive is None:
-            return
-        found = False
-        for (type_url, name), refusal in self.refusals.items():
-            good = self._good_of(type_url)
-            if good.get(name) is None and (last := self._archive.get((type_url, name, refusal.version))):
-                good.update({name: last})
-                found = True
-        if found:
-            self._step()
+        """Ask the archive again, in which there is more than before."""
+        self._recall()
+        self._step()
 
     def accept(self, type_url: str, response: Response) -> None:
         """Note that a proxy accepted a response; what it brought is good for the group."""
@@ -307,24 +320,32 @@ class Group:
         good = self._good_of(type_url)
         # What is held is what closes, where nothing good is known.
         good.update({name: new for name, new in response.changes.items() if new is None or not new.held})
-        lifted = [
-            key
-            for key, refusal in self.refusals.items()
-            if key[0] == type_url
-            and refusal.version == getattr(response.changes.get(key[1]), "version", None)
-        ]
-        for key in lifted:
-            del self.refusals[key]
-        if lifted:
-            self._step()
+        self.note_accepted(type_url, response.changes)
         good.rebase(self.point[type_url])
+
+    def note_accepted(self, type_url: str, accepted: Mapping[str, Resource | None]) -> None:
+        """Lift the quarantine of what a proxy accepted, now or before it came here.
+
+        For what stays in quarantine, this may be the first that is known to be good.
+        """
+        quarantined = [key for key in self.refusals if key[0] == type_url and key[1] in accepted]
+        for key in quarantined:
+            resource = accepted[key[1]]
+            if resource is not None and resource.version == self.refusals[key].version:
+                self._lift(key)
+            else:
+                self._archive_good(self.refusals[key])
+        if quarantined:
+            self._step()
 
     def report(self, type_url: str, base: ResourceSet, exceptions: Mapping[str, Resource | None]) -> None:
         """Note that a proxy came with the resources of `base` except `exceptions`: they are good."""
         good = self._good_of(type_url)
         good.rebase(base)
         good.own = {
-            name: resource for name, resource in good.own.items() if name not in base or name in exceptions
+            name: resource
+            for name, resource in good.own.items()
+            if name not in base or name in exceptions or name in base.held
         } or NOTHING
 
     def encode_delta(
@@ -361,6 +382,16 @@ class Group:
         parts.append(encode_field(6, self._control_plane))
         return Response(b"".join(parts), number, changes, type_url=type_url, version=version)
 
+    def good(self, type_url: str, names: Iterable[str]) -> dict[str, Resource | None]:
+        """Return the versions of these that were accepted last, of those of which one is known."""
+        get = self._good_of(type_url).get
+        return {name: resource for name in names if (resource := get(name)) is not None}
+
+    def published(self, type_url: str, name: str) -> Resource | None:
+        """Return what proxies should have but for quarantine, if it has any content."""
+        resource = self._snapshot[type_url].get(name)
+        return resource if resource is not None and resource.delta_frame else None
+
     def keep(self, point: Point, response: Response) -> None:
         """Keep a response for proxies to come; it should name nothing but what there is."""
         if point is self.point:
@@ -370,21 +401,51 @@ class Group:
         """Let go what is kept for proxies to come."""
         self._recent.forget(self.point.sequence)
 
-    def names(self, type_url: str, old: Names, asked: frozenset[str]) -> Names:
+    def names(self, type_url: str, old: Names, added: frozenset[str], removed: frozenset[str]) -> Names:
         """Return names as one object for all clients, made of the strings of the resources.
 
         A thousand proxies with ten thousand secrets each would have ten million strings. `old` is what the
         client asked for before: only what is new is looked at.
         """
-        shared = self._names.get(hash(asked))
-        if shared is None or shared != asked:
-            get = self.point[type_url].get
-            added = (name if (resource := get(name)) is None else resource.name for name in asked - old)
-            shared = self._names[hash(asked)] = old.but(frozenset(added), old - asked)
-        return shared
+        get = self.point[type_url].get
+        known = (name if (resource := get(name)) is None else resource.name for name in added)
+        new = old.but(frozenset(known), removed)
+        shared = self._names.setdefault(hash(new), new)
+        return shared if shared is new or shared == new else new
 
     def _good_of(self, type_url: str) -> Holding:
         return self._good.setdefault(type_url, Holding())
+
+    def _lift(self, key: tuple[str, str]) -> None:
+        """End a quarantine."""
+        refusal = self.refusals.pop(key)
+        if self._archive is not None:
+            self._archive.drop(refusal)
+
+    def _recall(self) -> None:
+        """Put into quarantine what proxies like these refused lately, but for what was accepted here."""
+        if self._archive is None:
+            return
+        for refusal in self._archive.refusals(self.key):
+            resource = self._snapshot[refusal.type_url].get(refusal.name)
+            good = self._good_of(refusal.type_url).get(refusal.name)
+            if resource is None or resource.version != refusal.version:
+                continue
+            if good is None or good.version != refusal.version:
+                self.refusals.setdefault((refusal.type_url, refusal.name), refusal)
+        for refusal in self.refusals.values():
+            if self._good_of(refusal.type_url).get(refusal.name) is None:
+                self._archive_good(refusal)
+
+    def _archive_good(self, refusal: Refusal) -> None:
+        """Tell the archive what stands in for a refused version, or ask it."""
+        if self._archive is None:
+            return
+        good = self._good_of(refusal.type_url)
+        if (known := good.get(refusal.name)) is not None:
+            self._archive.put(refusal.refused, known)
+        elif (found := self._archive.get(refusal.refused)) is not None:
+            good.update({refusal.name: found})
 
     def _step(self) -> None:
         """Move to a new point if what the proxies should have is different from the current one."""

@@ -18,7 +18,8 @@ class Names(frozenset[str]):
 
     def but(self, added: frozenset[str], removed: frozenset[str]) -> "Names":
         """Return these with some added and others removed; only those are looked at."""
-        new = Names.__new__(Names, (self - removed) | added)
+        rest: frozenset[str] = self - removed if removed else self
+        new = Names.__new__(Names, rest | added if added else rest)
         new.globs = (self.globs - removed).union(filter(is_glob, added))
         return new
 

@@ -13,7 +13,7 @@ world is the tail of the frame for delta, and one bytes object serves both. Only
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Final
 
@@ -148,10 +148,25 @@ class Resource:
         return cls(type_url, name, version, held=not version)
 
     def stand_in(self, good: "Resource | None") -> "Resource | None":
-        """Return what is served when this one is refused: its last good version, but nothing that is open."""
-        if self.guard is not None and (good is None or good.version == self.guard.open):
-            return self.guard.closed()
-        return good
+        """Return what is served when this one is refused: its last good version, but nothing that is open.
+
+        If that is not known here, who has any version that is not open keeps it. (Where this one is the open
+        one itself, there is nothing to close.)
+        """
+        if self.guard is None or self.version == self.guard.open:
+            return good
+        if good is None:
+            return replace(self.guard.closed(), held=True, guard=self.guard)
+        return self.guard.closed() if good.version == self.guard.open else good
+
+    def instead_of(self, has: "Resource | None") -> "Resource | None":
+        """Return what a client gets of this held resource that has, or was sent, `has`.
+
+        Of what it has it cannot always tell the version (it is held then), so that it may be open.
+        """
+        if has is None or (self.guard is not None and (has.held or has.version == self.guard.open)):
+            return self if self.delta_frame else None
+        return has
 
     @property
     def body(self) -> bytes:

@@ -603,7 +603,7 @@ class _Connection:
             response = self._stream.next_response(began)
             if response is None:
                 self._note()
-                self._sleep(self._stream.wake_at(clock()))
+                self._sleep(self._stream.wake_at(began))
                 self._writer = None
                 return
             await self._context.write(response.data)

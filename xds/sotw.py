@@ -14,9 +14,12 @@ what resources to return", "Grouping resources into responses", "Deleting resour
 
 After a NACK of a full set, sets are tried that add parts of what was new to what the client has, each after
 the answer to the one before. Of a client that came with resources of an earlier stream it is not known what
-it has until its first ACK; a trial could remove what is in use, so there is none: it is sent the next set
-when something has changed. (In the delta variant a client tells what it has.) For the same reason it is sent
-no full set, and no route configuration that it has, as long as the snapshot is incomplete.
+it has until its first ACK, and a trial that leaves something out could remove what is in use. So only one is
+made, with what others accepted in the place of what differs: its ACK tells what the client has. Where nothing
+of the kind is known, the culprits are those that Envoy names. It applies the other clusters and listeners of
+the set, and is sent the next set, with the culprits, when something has changed. (In the delta variant a
+client tells what it has.) For the same reason it is sent no full set, and no route configuration that it has,
+as long as the snapshot is incomplete.
 
 A time to live goes only to a client that says `xds.config.resource-in-sotw`, and is renewed with the content:
 what comes without does not renew anything in Envoy 1.40, and in a full set it counts as absent.
@@ -36,7 +39,6 @@ from xds.subscription import (
     Phase,
     Subscription,
     check_names,
-    split,
 )
 
 PARTS: Final = 2
@@ -59,8 +61,8 @@ class SotwSubscription(Subscription):
         """The client has resources from an earlier stream, it is not known which."""
         self._reported = ""
         """The version that the client had from an earlier stream, if all that it has is of this version."""
-        self._stuck: str | None = None
-        """The version of a set that was refused and that cannot be tried in parts."""
+        self._stuck: tuple[str, ...] = ()
+        """The versions of a set that was refused and cannot be tried in parts, and of one tried instead."""
 
     def request(
         self,
@@ -83,9 +85,9 @@ class SotwSubscription(Subscription):
             self.live = self._unknown = bool(version)
             self.renew_at = -math.inf if version else None  # it is not known for how long the client can wait
             if version and not self._full:
-                self.held.own = {name: Resource.unknown(self.type_url, name, version) for name in named}
+                self.held.own = {name: Resource.unknown(self.type_url, name) for name in named}
         elif nonce:
-            answered = self._answered(nonce, error, wall_time)
+            answered = self._answered(nonce, version, error, wall_time)
             if nonce != self.nonce:
                 return
             again = error is None and not answered
@@ -111,33 +113,44 @@ class SotwSubscription(Subscription):
     @property
     def failing(self) -> bool:
         """Whether the client refuses something that it should have."""
-        return super().failing or self._stuck == self._tip.version
+        return super().failing or bool(self._stuck)
 
     # Requests.
 
-    def _answered(self, nonce: str, error: str | None, wall_time: float) -> bool:
+    def _answered(self, nonce: str, version: str, error: str | None, wall_time: float) -> bool:
         """Take in the answer to a response; False if it was answered before or is not known."""
         pending = self._take(nonce)
         if pending is None:
             return False
-        if error is not None:
-            self._reject(pending, error, wall_time, PARTS)
-            return True
         if nonce == self.nonce:
             # Envoy answers only the latest of several responses that came while it was busy.
             earlier, self.pending = self.pending, ()
             for superseded in earlier:
-                self._accept(superseded)
-        self._accept(pending)
-        self._unknown = False
+                if error is None or (self._full and superseded.response.version == version):
+                    self._accept(superseded)
+                elif not self._full and superseded.response.changes:
+                    self._isolate(list(superseded.response.changes), superseded.sequence, 1)
+        if error is None:
+            self._accept(pending)
+        else:
+            self._reject(pending, error, wall_time, PARTS)
         return True
+
+    def _accept(self, pending: Pending) -> None:
+        super()._accept(pending)
+        self._unknown = False
+        if self._stuck:
+            self._stuck, self._more = (), True
 
     def _subscribe(self, asked: frozenset[str], *, again: bool) -> None:
         wildcard = "*" in asked or (not asked and not self._named and self.type_url in WILDCARD_TYPES)
         self._named = self._named or bool(asked)
-        named = self._group.names(self.type_url, self.names, asked - {"*"})
-        added, removed = named - self.names, self.names - named
-        check_names(added)
+        old = named = self.names
+        if asked - {"*"} != old:
+            asked -= {"*"}
+            check_names(asked - old)
+            named = self._group.names(self.type_url, old, asked - old, old - asked)
+        added, removed = named - old, old - named
         begins, ends = wildcard and not self.wildcard, self.wildcard and not wildcard
         self.wildcard, self.names = wildcard, named
         if self._full:
@@ -168,20 +181,28 @@ class SotwSubscription(Subscription):
         if phase.target is ORIGIN or not (self.wildcard or self.names):
             return None
         resources = phase.target[self.type_url]
-        self.point, self._tip = phase.target, resources
+        self.point, self._tip, self._more = phase.target, resources, False
         want, sent = self._want(resources, phase), self._sent_set
         if self._reported and want.version == self._reported:
             self.held.base, self._reported = want, ""
             self._unknown = self.unanswered = False
             return None
-        if self._unknown and (
-            phase.target.incomplete or any(not resources[name].delta_frame for name in resources.held)
-        ):
-            # What is not known here cannot be in the set, and what is not in the set is removed.
-            return None
+        if self._unknown:
+            # What is not in the set is removed. Of what is in quarantine, that would be the version before.
+            absent = [
+                name for name in (*resources.held, *self.refused) if self._relevant(name) and name not in want
+            ]
+            want = want.replace({name: self._group.published(self.type_url, name) for name in absent})
+            if phase.target.incomplete or not all(name in want for name in absent):
+                return None
         self._reported = ""
-        if want.version == self._stuck or (want.version == sent.version and not self.unanswered):
+        again = want.version in self._stuck
+        if again and not self.pending:
+            want = want.replace(self._group.good(self.type_url, want))
+        if want.version in self._stuck or (want.version == sent.version and not self.unanswered):
             return None
+        if not again:
+            self._stuck = ()
         self.unanswered = False
         return self._send_set(want, phase)
 
@@ -199,9 +220,7 @@ class SotwSubscription(Subscription):
             if name not in resources and name in sent and not self._removes(name, phase, deferred):
                 other[name] = sent[name]
         self.deferred = {name: each for name, each in deferred.items() if name in other} or NOTHING
-        for name in resources.held:
-            other[name] = self._wanted(name, phase.target)
-        for name in self.refused:
+        for name in (*resources.held, *self.refused):
             other[name] = self._wanted(name, phase.target)
         if not self.wildcard:
             return resources.replace(other).part(self.names, sent)
@@ -241,19 +260,20 @@ class SotwSubscription(Subscription):
             super()._reject(pending, detail, wall_time, parts)
             return
         suspects = sorted(name for name in target.changed(self.held.base) if name in target)
-        self.last_error = LastError(detail, tuple(suspects[:10]), wall_time)
+        named = _named(detail, suspects) if self._unknown else []
+        self.last_error = LastError(detail, tuple((named or suspects)[:10]), wall_time)
         if self.pending:
             # A later set is on its way and will be judged by itself.
             return
         if len(suspects) == 1:
             self._refuse(target[suspects[0]], detail, pending.sequence, wall_time)
         elif self._unknown or not suspects:
-            self._stuck = target.version
+            self._stuck = (*self._stuck, target.version)
+            self._more = True
+            for name in named:
+                self._refuse(target[name], detail, pending.sequence, wall_time)
         else:
-            self._isolated_at = (
-                min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
-            )
-            self._isolated = (*split(suspects, parts), *self._isolated)
+            self._isolate(suspects, pending.sequence, parts)
 
     # Parts, of types whose responses need not be complete.
 
@@ -298,3 +318,8 @@ class SotwSubscription(Subscription):
         if self._full:
             return self._send_set(self._sent_set, phase)
         return self._send({resource.name: resource for resource in expiring}, phase)
+
+
+def _named(detail: str, names: Iterable[str]) -> list[str]:
+    """Return which of these Envoy blames: `Error adding/updating cluster(s) NAME: words, NAME: words`."""
+    return [name for name in names if any(f"{before}{name}: " in detail for before in ("(s) ", ", ", "\n"))]

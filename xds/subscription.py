@@ -11,7 +11,8 @@ After a NACK the members of the refused response are sent again in parts (`isola
 a single member is refused: that is the culprit. The client is not sent this version again (`refused`), and
 the group is told (see `xds.group`). Nothing is repeated that was refused, so there is no loop.
 
-The next response never waits for the answer to the last one. What does wait is described by `Phase`:
+The next response does not wait for the answer to the last one, unless very many are unanswered (Envoy is
+stopped, say): each has to be remembered, since it may still be refused. What else waits `Phase` describes:
 changes of types that could refer to new clusters wait for `phase.target`; removals of what could still be
 referred to wait in `deferred`.
 
@@ -47,10 +48,11 @@ from xds.resources import ECDS, REFERRING_TYPES, Resource, glob_of
 from xds.snapshot import EMPTY, ResourceSet
 
 MAX_PENDING: Final = 32
-"""Responses of a type whose answers are awaited; beyond this the oldest two are counted as one."""
+"""Responses of a type whose answers are awaited; while there are so many, none is sent."""
 
-MAX_NAMES: Final = 200_000
-"""Names that a client may subscribe to, or say that it has."""
+MAX_NAMES: Final = 100_000
+"""Names that a client may subscribe to, or say that it has: ten times what a large mesh has. A request that
+adds or drops one of so many costs everybody some 10 ms, in which the others are copied."""
 
 MAX_NAME: Final = 4096
 """Characters of a name, and of a type URL, that a client may use."""
@@ -200,7 +202,7 @@ class Subscription:
         self._dirty: Mapping[str, None] = NOTHING
         """Names to examine in addition to what changed since `_tip`."""
         self._more = False
-        """What was sent last was a piece, and the others are to follow."""
+        """What was sent last was a piece, and the others are to follow; or there is another set to try."""
         self._isolated: tuple[list[str], ...] = ()
         """Members of refused responses, in parts that are to be sent on their own."""
         self._isolated_at = math.inf
@@ -209,13 +211,22 @@ class Subscription:
     # What the phases of other types depend on.
 
     @property
+    def is_full(self) -> bool:
+        """Whether so much is unanswered that nothing is sent until something is answered."""
+        return len(self.pending) >= MAX_PENDING
+
+    @property
     def adding(self) -> bool:
-        """Whether resources that are new to the client were sent and not answered."""
-        return bool(self._isolated) or any(pending.adds and not pending.excused for pending in self.pending)
+        """Whether resources that are new to the client were sent and not answered, or may have to be sent."""
+        return (
+            self.is_full
+            or bool(self._isolated)
+            or any(pending.adds and not pending.excused for pending in self.pending)
+        )
 
     def is_at_rest(self, point: Point) -> bool:
         """Whether there is nothing to look for as long as this is the newest point, and no request comes."""
-        return (
+        return self.is_full or (
             self.point is point
             and self.waiting_since is None
             and not (self.forced or self.unanswered or self.deferred or self.refused)
@@ -293,7 +304,7 @@ class Subscription:
         if self._is_left(name, point):
             return self.sent(name)
         if resource.held:
-            return self.sent(name) or (resource if resource.delta_frame else None)
+            return resource.instead_of(self.sent(name))
         if self.refused:
             refusal = self.refused.get(name)
             if refusal is not None and refusal.version == resource.version:
@@ -389,13 +400,6 @@ class Subscription:
         """Note that a response is sent."""
         self._number = pending.response.number
         self.pending = (*self.pending, pending)
-        if len(self.pending) > MAX_PENDING:
-            # The nonce of the oldest is forgotten; the answer to the next counts for both.
-            first, second, *others = self.pending
-            changes = {**first.response.changes, **second.response.changes}
-            number, version = second.response.number, second.response.version
-            merged = Response(b"", number, changes, type_url=self.type_url, version=version)
-            self.pending = (Pending(merged, first.sequence, target=second.target, excused=True), *others)
         return pending.response
 
     def heartbeat(self, now: float) -> Response | None:
@@ -403,6 +407,8 @@ class Subscription:
 
         It is for when there is nothing else to send; `now` in seconds of a monotonic clock.
         """
+        if self.is_full:
+            return None
         expiring = self._expiring()
         if not expiring:
             self.renew_at = None
@@ -474,10 +480,12 @@ class Subscription:
             assert resource is not None  # noqa: S101 - by the definition of members
             self._refuse(resource, detail, pending.sequence, wall_time)
         else:
-            self._isolated_at = (
-                min(self._isolated_at, pending.sequence) if self._isolated else pending.sequence
-            )
-            self._isolated = (*self._isolated, *split(members, parts))
+            self._isolate(members, pending.sequence, parts)
+
+    def _isolate(self, names: list[str], sequence: int, parts: int) -> None:
+        """Have these sent again on their own, in so many parts; the sequence is that of their point."""
+        self._isolated_at = min(self._isolated_at, sequence) if self._isolated else sequence
+        self._isolated = (*self._isolated, *split(names, parts))
 
     def _next_isolated(self) -> list[str]:
         """Take the next part of what was refused."""

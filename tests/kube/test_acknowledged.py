@@ -9,6 +9,7 @@ import pytest
 from llmplane.kubeacknowledged import NAME
 from tests.envoy.conftest import DASHSCOPE, KEYS, MOONSHOT
 from tests.kube.lab import KubeLab, running_kube_lab
+from tests.support.envoy import ask_admin
 from tests.support.kube import ApiServer
 from tests.support.objects import provider
 from tests.support.wait import eventually
@@ -59,12 +60,18 @@ def start_newcomer(lab: KubeLab) -> None:
         lab.mesh.start_proxy()
 
 
-def entries(lab: KubeLab) -> dict[str, str]:
-    """Return those of the ConfigMap."""
+def rejected(lab: KubeLab) -> int:
+    """Return how often the sidecar refused clusters."""
+    (address,) = lab.mesh.directory.glob("llmplane-*/*/admin.sock")
+    stats = ask_admin(address, "/stats?format=json&filter=cds.update_rejected$")
+    return sum(stat["value"] for stat in json.loads(stats)["stats"] if "value" in stat)
+
+
+def kept(lab: KubeLab) -> dict[str, dict[str, str]]:
+    """Return what is in the ConfigMap."""
     text = lab.kubectl("get", "configmaps", "-o", "json")
     found = {each["metadata"]["name"]: each for each in json.loads(text)["items"]}
-    data: dict[str, str] = found.get(NAME, {}).get("binaryData", {})
-    return data
+    return {key: found.get(NAME, {}).get(key, {}) for key in ("binaryData", "data")}
 
 
 def acknowledge_and_refuse(lab: KubeLab) -> None:
@@ -81,15 +88,17 @@ def acknowledge_and_refuse(lab: KubeLab) -> None:
 def test_a_newcomer_after_a_rollout_gets_the_version_that_was_acknowledged_before(lab: KubeLab) -> None:
     acknowledge_and_refuse(lab)
     end_all(lab)
-    assert len(entries(lab)) == 1, "also what was refused just before the end"
+    assert len(kept(lab)["binaryData"]) == 1, "also what was refused just before the end"
 
     lab.mesh.start_control_plane()
     start_newcomer(lab)
     eventually(lambda: is_refused(lab))
+    assert NOWHERE in str(lab.mesh.status()["problems"]), "Envoy's own words"
     lab.apply(provider(f"{NAMESPACE}/moonshot", MOONSHOT, KEYS[MOONSHOT], "one"))
     eventually(lambda: model(lab, MOONSHOT) == "one")
     eventually(lambda: model(lab, DASHSCOPE) == "one")
-    assert len(entries(lab)) == 1
+    assert rejected(lab) == 0
+    assert len(kept(lab)["binaryData"]) == 1
 
     lab.apply(dashscope("three"))
     eventually(lambda: model(lab, DASHSCOPE) == "three")
@@ -99,7 +108,7 @@ def test_a_newcomer_after_a_rollout_gets_the_version_that_was_acknowledged_befor
 def test_a_newcomer_gets_it_also_when_another_replica_tells_of_it_later(lab: KubeLab) -> None:
     acknowledge_and_refuse(lab)
     end_all(lab)
-    (name, text), *_ = entries(lab).items()
+    ((name, text),) = kept(lab)["binaryData"].items()
     lab.kubectl("delete", "configmap", NAME)
     lab.mesh.start_control_plane()
     start_newcomer(lab)

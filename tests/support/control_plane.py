@@ -18,6 +18,7 @@ from llmplane.sources.files import FileSource
 from llmplane.status import StatusUnavailableError, fetch_status
 from tests.xds.client import Delta
 from translator.world import MeshSettings
+from xds.group import Archive
 from xds.server import AGGREGATED
 
 NODE = "sidecar~127.0.0.1~sleep.default~x"
@@ -72,10 +73,12 @@ class RunningControlPlane:
 
 
 @asynccontextmanager
-async def running_control_plane(folder: Path) -> AsyncIterator[RunningControlPlane]:
+async def running_control_plane(
+    folder: Path, archive: Archive | None = None
+) -> AsyncIterator[RunningControlPlane]:
     """Run a control plane on the files of a folder."""
     running, stop = RunningControlPlane(folder), asyncio.Event()
-    control_plane = ControlPlane(FileSource([folder], {}), MeshSettings())
+    control_plane = ControlPlane(FileSource([folder], {}), MeshSettings(), acknowledged=archive)
     task = asyncio.create_task(control_plane.run(running.xds, running.admin, stop))
     async with asyncio.timeout(60):
         while True:
@@ -84,9 +87,11 @@ async def running_control_plane(folder: Path) -> AsyncIterator[RunningControlPla
                     break
             except StatusUnavailableError:
                 await asyncio.sleep(0.01)
-    yield running
-    stop.set()
-    await task
+    try:
+        yield running
+    finally:
+        stop.set()
+        await task
 
 
 def fetch(address: Address, path: str, **query: str) -> tuple[int, str, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -13,13 +14,14 @@ from click.testing import CliRunner
 
 from llmplane.address import Address
 from llmplane.admin import Access, AdminServer
-from llmplane.auth import ClientCA, FileAuthenticator, ServerCertificate, TokenFile
+from llmplane.auth import ClientCA, FileAuthenticator, Grant, Identity, ServerCertificate, TokenFile
 from llmplane.bootstrap import XdsCredentials
 from llmplane.certificates import CertificateAuthority
 from llmplane.cli import main
 from llmplane.status import StatusUnavailableError, fetch_status
 from tests.support.identities import MeshCA, Pair
 from tests.unit.test_admin import ENDPOINTS, STATUS, Nothing
+from xds.server import AuthenticationUnavailable, Authenticator, NodeRejected
 
 ALL = "token-for-all-000001"
 ROOT = "token-for-root-00001"
@@ -49,19 +51,21 @@ class Door:
         self.client_ca.write_bytes(client_ca)
 
     @asynccontextmanager
-    async def open(self, *, tokens: str = "", mutual: bool = False) -> AsyncIterator[None]:
-        """Serve to those with a token, with a client certificate, or with both."""
+    async def open(
+        self, *, tokens: str = "", mutual: bool = False, authenticator: Authenticator | None = None
+    ) -> AsyncIterator[None]:
+        """Serve to those with a token, with a client certificate, or with both; or to whom one lets in."""
         self.tokens.write_text(tokens)
         client_ca = self.client_ca if mutual else None
         certificate = ServerCertificate(
             self.directory / "server.pem", self.directory / "server-key.pem", client_ca
         )
-        authenticator = FileAuthenticator(
+        files = FileAuthenticator(
             TokenFile(self.tokens) if tokens else None, ClientCA(client_ca) if client_ca else None
         )
         insight = Nothing()
         insight.ready = True
-        server = AdminServer(insight, Access(certificate, authenticator, "istio-system"))
+        server = AdminServer(insight, Access(certificate, authenticator or files, "istio-system"))
         address = await server.start(Address("127.0.0.1", 0))
         self.address = self.address._replace(port=address.port)
         try:
@@ -74,6 +78,20 @@ class Door:
         if pair:
             context.load_cert_chain(*pair.write(self.directory, "client"))
         return http.client.HTTPSConnection(*self.address, context=context, timeout=60)
+
+    def session(self, context: ssl.SSLContext, before: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+        """Ask on a new connection; return the session of TLS that a later one could resume.
+
+        Raises AssertionError if the one before was resumed.
+        """
+        with (
+            socket.create_connection(("127.0.0.1", self.address.port)) as raw,
+            context.wrap_socket(raw, server_hostname="localhost", session=before) as connection,
+        ):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")  # 1.3 hands out sessions before
+            assert not connection.session_reused
+            return connection.session
 
     async def get(self, path: str, token: str = "", pair: Pair | None = None) -> tuple[int, str]:
         """Return status and text of an answer."""
@@ -116,6 +134,35 @@ async def test_without_a_known_token_there_is_nothing_to_see(door: Door) -> None
             assert (await door.get(path))[0] in {401, 404}, path
 
 
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (f"Authorization : Bearer {ALL}", 400),
+        (f"Authorization: Bearer {ALL}\0", 400),
+        (f"Authorization: Bearer {ALL}{'x' * 9000}", 400),
+        (f"Authorization: Bearer {ALL}\u00e9", 401),
+    ],
+    ids=["space before the colon", "NUL", "too long", "no ASCII"],
+)
+async def test_a_token_in_a_request_that_is_no_http_is_not_logged(
+    door: Door, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], header: str, status: int
+) -> None:
+    request = f"GET /debug/status HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode("latin-1")
+
+    def send() -> bytes:
+        with (
+            socket.create_connection(("127.0.0.1", door.address.port)) as raw,
+            door.authority.client_context().wrap_socket(raw, server_hostname="localhost") as connection,
+        ):
+            connection.sendall(request)
+            return connection.recv(1000)
+
+    async with door.open(tokens=TOKENS):
+        assert f" {status} ".encode() in await asyncio.to_thread(send)
+    assert not caplog.records
+    assert ALL not in "".join(capsys.readouterr())
+
+
 async def test_what_concerns_all_is_for_those_who_stand_for_all(door: Door) -> None:
     """Every namespace, or the root namespace, as in Istio; a workload or another namespace is not enough."""
     async with door.open(tokens=TOKENS):
@@ -154,6 +201,62 @@ async def test_nothing_is_told_without_tls(door: Door) -> None:
         with pytest.raises((http.client.HTTPException, OSError)):
             await asyncio.to_thread(ask, plain, "/debug/status", ALL)
         plain.close()
+
+
+async def test_only_tls_1_3_is_spoken(door: Door) -> None:
+    context = door.authority.client_context()
+    async with door.open(tokens=TOKENS):
+        await asyncio.to_thread(door.session, context)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.to_thread(door.session, context)
+
+
+async def test_a_session_of_tls_is_not_resumed(door: Door) -> None:
+    """It could outlive the certificate."""
+    context = door.authority.client_context()
+    async with door.open(tokens=TOKENS):
+        session = await asyncio.to_thread(door.session, context)
+        await asyncio.to_thread(door.session, context, session)
+
+
+class Scripted:
+    """An authenticator that answers as it was told, and knows whom it let in."""
+
+    def __init__(self, answer: Identity | NodeRejected) -> None:
+        self.answer = answer
+        self.open: list[object] = []
+
+    async def authenticate(self, *_: object) -> Identity:
+        if isinstance(self.answer, NodeRejected):
+            raise self.answer
+        self.open.append(self.answer)
+        return self.answer
+
+    def left(self, identity: object) -> None:
+        self.open.remove(identity)
+
+    def revision(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (Identity(((Grant("*"),),)), 200),
+        (Identity(((Grant("team-a"),),)), 403),
+        (AuthenticationUnavailable("away"), 503),
+        (NodeRejected("gone", forbidden=True), 403),
+    ],
+)
+async def test_an_authenticator_learns_that_whom_it_let_in_is_done(
+    door: Door, answer: Identity | NodeRejected, status: int
+) -> None:
+    """Or else one that watches Pods would do so for ever. While it cannot tell, that is nobody's fault."""
+    authenticator = Scripted(answer)
+    async with door.open(authenticator=authenticator):
+        assert (await door.get("/debug/status"))[0] == status
+    assert not authenticator.open
 
 
 async def test_changed_files_count_at_once_also_on_a_connection_that_is_open(door: Door) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import gzip
+import json
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -16,8 +18,11 @@ from llmplane.acknowledged import Refused
 from llmplane.background import running
 from llmplane.kubeacknowledged import NAME, AcknowledgedConfigMap, merged
 from llmplane.kubeapi import Api
+from llmplane.refusals import Refusals
 from tests.support.kubeapi import FakeApi
+from translator.proxy import Proxy, ProxyType
 from xds import protos
+from xds.group import Refusal
 from xds.resources import CDS, ECDS, SDS, Resource
 
 NAMESPACE = "llmplane-system"
@@ -25,6 +30,13 @@ NAMESPACE = "llmplane-system"
 
 def refused(version: object) -> Refused:
     return (CDS, "a", str(version))
+
+
+SLEEP, OTHER = (Proxy(ProxyType.SIDECAR, "default", name) for name in ("sleep", "other"))
+
+
+def refusal(group: Proxy = SLEEP, version: object = 1, name: str = "a") -> Refusal:
+    return Refusal(group, CDS, name, str(version), "no such file", time.time(), "sleep-1")
 
 
 def cluster(seconds: int, *, name: str = "a") -> Resource:
@@ -108,6 +120,101 @@ async def test_replicas_that_write_at_the_same_time_lose_nothing(api: Api, fake:
             for number in range(12):
                 version = refused(f"{place}-{number}")
                 await when(lambda version=version: all(each.get(version) for each in (one, two, three)))
+
+
+class TestWhoRefused:
+    """It is shared beside what stands in, where people can read it."""
+
+    async def test_other_replicas_and_later_ones_know(self, api: Api, fake: FakeApi) -> None:
+        async with replica(api) as one, replica(api) as two:
+            one.add(refusal())
+            (known,) = one.refusals(SLEEP)
+            assert (known.group, known.detail, known.archived) == (SLEEP, "no such file", True)
+            two.add(refusal(OTHER))
+            for each in (one, two):
+                await when(lambda each=each: each.refusals(SLEEP) and each.refusals(OTHER))
+            assert not one.refusals("no proxy")
+        (record,) = json.loads(fake.objects["configmaps", NAMESPACE, NAME]["data"]["refusals"])
+        assert record["audiences"].keys() == {"sidecar~sleep.default~", "sidecar~other.default~"}
+        async with replica(api) as later:
+            assert later.refusals(SLEEP)
+            later.drop(refusal())
+            assert not later.refusals(SLEEP)
+        async with replica(api) as last:
+            assert not last.refusals(SLEEP)
+            assert last.refusals(OTHER)
+
+    async def test_replicas_that_write_at_the_same_time_lose_nothing(self, api: Api) -> None:
+        async with replica(api) as one, replica(api) as two, replica(api) as three:
+            for number in range(12):
+                for group, archive in ((SLEEP, one), (OTHER, two), (SLEEP, three)):
+                    archive.add(refusal(group, number, "c" if archive is three else "a"))
+                await asyncio.sleep(0.01)
+            for archive in (one, two, three):
+                await when(lambda a=archive: (len(a.refusals(SLEEP)), len(a.refusals(OTHER))) == (24, 12))
+
+    async def test_who_has_not_read_it_yet_loses_nothing(self, api: Api) -> None:
+        async with replica(api) as one:
+            one.add(refusal())
+        blind = AcknowledgedConfigMap(api, lambda: None)
+        async with running(blind.write()):
+            blind.add(refusal(OTHER))
+            await when(lambda: not blind._due_refusals)
+        async with replica(api) as later:
+            assert later.refusals(SLEEP)
+            assert later.refusals(OTHER)
+
+    async def test_what_cannot_be_written_yet_is_known_here(self, api: Api, fake: FakeApi) -> None:
+        async with replica(api) as one, replica(api) as two:
+            fake.refuse = lambda request: (
+                None if request.method == "GET" else web.json_response({}, status=500)
+            )
+            with capture_logs():
+                one.add(refusal())
+                metadata = {"name": NAME, "namespace": NAMESPACE}
+                other = Refusals()
+                other.add(refusal(OTHER))
+                data = {"refusals": other.dump()}
+                await fake.put_object({"kind": "ConfigMap", "metadata": metadata, "data": data})
+                await when(lambda: one.refusals(OTHER))
+                assert one.refusals(SLEEP)
+                assert not two.refusals(SLEEP)
+                fake.refuse = None
+                await when(lambda: two.refusals(SLEEP))
+
+    async def test_the_same_is_written_once(self, api: Api, fake: FakeApi) -> None:
+        async with replica(api) as one:
+            one.add(refusal())
+            await when(lambda: not one._due_refusals)
+            for _ in range(1000):
+                one.add(refusal())
+            one.drop(refusal(version=2))
+            assert not one._due_refusals
+        assert (fake.requests["POST configmaps"], fake.requests["PUT configmaps"]) == (1, 0)
+
+    async def test_a_configmap_of_before_has_only_what_stands_in(self, api: Api, fake: FakeApi) -> None:
+        async with replica(api) as one:
+            one.put(refused(1), cluster(1))
+        document = dict(fake.objects["configmaps", NAMESPACE, NAME])
+        del document["data"]
+        await fake.put_object({"kind": "ConfigMap", **document})
+        async with replica(api) as later:
+            assert later.get(refused(1)) == cluster(1)
+            assert not later.refusals(SLEEP)
+            later.add(refusal())
+            await when(lambda: not later._due_refusals)
+            assert later.get(refused(1)) == cluster(1)
+
+    async def test_what_cannot_be_read_is_a_warning(self, api: Api, fake: FakeApi) -> None:
+        metadata = {"name": NAME, "namespace": NAMESPACE}
+        await fake.put_object({"kind": "ConfigMap", "metadata": metadata, "data": {"refusals": "[1]"}})
+        with capture_logs() as logs:
+            async with replica(api) as one:
+                assert not one.refusals(SLEEP)
+                one.add(refusal())
+        assert {entry["log_level"] for entry in logs} == {"warning"}
+        async with replica(api) as later:
+            assert later.refusals(SLEEP)
 
 
 async def test_the_same_is_written_once(api: Api, fake: FakeApi) -> None:

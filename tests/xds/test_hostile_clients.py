@@ -90,6 +90,21 @@ class Hostile:
             names = [f"{self.dice.random()}" * 10 for _ in range(10_000)]
             yield self.request(type_url=type_url, **self.names(names)).SerializeToString()
 
+    def other_names(self) -> Iterator[bytes]:
+        """Ask for many names, and then for others and others."""
+        yield self.hello()
+        names = [f"{self.dice.random()}" for _ in range(5_000 if self.delta else 500)]
+        yield self.request(type_url=SDS, **self.names(names)).SerializeToString()
+        for number in range(200):
+            request = self.request(type_url=SDS)
+            if self.delta:
+                request.resource_names_subscribe.append(f"{number}")
+                request.resource_names_unsubscribe.append(names[number])
+            else:
+                names[number] = f"{number}"
+                request.resource_names.extend(names)
+            yield request.SerializeToString()
+
     def large_garbage(self) -> Iterator[bytes]:
         yield self.dice.randbytes(2_000_000)
 
@@ -103,7 +118,7 @@ class Hostile:
             ).SerializeToString()
 
 
-KINDS: Final = ("anything", "the_same_again", "many_names", "large_garbage", "large_texts")
+KINDS: Final = ("anything", "the_same_again", "many_names", "other_names", "large_garbage", "large_texts")
 
 
 async def hostile_round(world: World, dice: random.Random) -> None:

@@ -157,3 +157,9 @@ def test_names_of_which_there_is_nothing_are_not_kept() -> None:
         assert resources.part(names, EMPTY) is EMPTY
         del names
         assert known() is None
+
+
+def test_that_a_resource_is_held_is_part_of_the_version() -> None:
+    """It is served in another way: two replicas of which only one knows it do not agree."""
+    plain, held = (Snapshot([resource(CDS, "a", held=held)]) for held in (False, True))
+    assert plain[CDS].version != held[CDS].version

@@ -2,6 +2,7 @@
 # ruff: noqa: N802 - the numbers in the names are those of the list of checks
 
 import weakref
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -18,7 +19,7 @@ from xds import delta as delta_module
 from xds import group as group_module
 from xds import protos
 from xds.delta import MAX_PIECES, PARTS, PIECE, DeltaSubscription
-from xds.group import Group, Recent, Response
+from xds.group import Group, Recent, Refusal, Response
 from xds.resources import CDS, EDS, LDS, RDS, SDS, Guard, Resource, glob_of
 from xds.snapshot import Snapshot
 from xds.sotw import SotwSubscription
@@ -856,10 +857,23 @@ def test_full_set_that_a_proxy_has_is_recognised_in_an_incomplete_snapshot() -> 
 
 
 class DictArchive(dict[tuple[str, str, str], Resource]):
-    """An `xds.group.Archive` in memory."""
+    """An `xds.group.Archive` in memory: what stands in for what. All groups are alike."""
+
+    def __init__(self, *args: dict[tuple[str, str, str], Resource]) -> None:
+        super().__init__(*args)
+        self.refused: dict[tuple[str, str, str], Refusal] = {}
 
     def put(self, refused: tuple[str, str, str], good: Resource) -> None:
         self[refused] = good
+
+    def add(self, refusal: Refusal) -> None:
+        self.refused[refusal.refused] = replace(refusal, archived=True)
+
+    def drop(self, refusal: Refusal) -> None:
+        self.refused.pop(refusal.refused, None)
+
+    def refusals(self, group: Hashable) -> Iterable[Refusal]:
+        return [replace(refusal, group=group) for refusal in self.refused.values()]
 
 
 def test_archive_tells_a_later_server_what_stands_in_for_a_refused_version() -> None:
