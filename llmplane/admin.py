@@ -6,35 +6,23 @@ see what concerns all (`Access`). Health and metrics are for everybody: probes h
 
 import asyncio
 import inspect
-import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
 
 from llmplane import metrics
 from llmplane.address import Address
 from llmplane.auth import Identity, ServerCertificate
 from llmplane.dump import to_yaml
+from llmplane.httpserver import runner_of
 from xds.resources import Resource
 from xds.server import AuthenticationUnavailable, Authenticator, Node, NodeRejected, Peer, Unauthenticated
 
 _Handler = Callable[[web.Request], Awaitable[web.Response]]
 _NOBODY = Node(id="", cluster="", metadata={}, version="")
-_PATIENCE = 75
-"""Seconds that a connection may take for a request, and between two; more than Prometheus leaves between."""
-
-
-def _is_no_bad_request(record: logging.LogRecord) -> bool:
-    """Tell what may be logged: aiohttp shows of a request that is no HTTP what is in it, tokens too."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-
-
-_LOGGER = logging.getLogger(__name__)
-_LOGGER.addFilter(_is_no_bad_request)
 
 
 class Insight(Protocol):
@@ -128,9 +116,7 @@ class AdminServer:
             if access and path.startswith("/debug"):
                 handler = access.guarded(handler)  # noqa: PLW2901
             app.router.add_get(path, handler)
-        self._runner = web.AppRunner(
-            app, access_log=None, logger=_LOGGER, keepalive_timeout=_PATIENCE, shutdown_timeout=1
-        )
+        self._runner = runner_of(app)
 
     async def start(self, address: Address) -> Address:
         """Listen; return the address with the real port. Raises OSError."""

@@ -29,6 +29,7 @@ from prometheus_client.exposition import generate_latest
 from llmplane import metrics
 from llmplane.address import Address, AddressInUseError, check_free
 from llmplane.counters import UNLIMITED, Counters, CountersError, Hit, Standing, Unit
+from llmplane.httpserver import runner_of
 from xds import protos
 from xds.server import Authenticator, Node, NodeRejected, Peer
 
@@ -240,7 +241,7 @@ class _Admin:
         app.router.add_get("/healthz", self._get_healthz)
         app.router.add_get("/readyz", self._get_readyz)
         app.router.add_get("/metrics", self._get_metrics)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        self._runner = runner_of(app)
 
     async def start(self, address: Address) -> Address:
         await self._runner.setup()

@@ -18,6 +18,7 @@ from crds.loader import load_object
 from crds.problems import Severity
 from llmplane.address import Address, AddressInUseError
 from llmplane.auth import ServerCertificate
+from llmplane.httpserver import runner_of
 from llmplane.injection import InjectionError, InjectionSettings, inject
 from llmplane.kubeapi import Api, ApiError
 from llmplane.kubestatus import MANAGER
@@ -87,7 +88,7 @@ class WebhookServer:
         app = web.Application(client_max_size=_MOST)
         app.router.add_post("/validate", self._validate)
         app.router.add_post("/inject", self._inject)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        self._runner = runner_of(app)
 
     async def start(self, address: Address) -> None:
         """Listen. Raises AddressInUseError."""

@@ -89,6 +89,9 @@ RECHECK: Final = 1.0
 FIRST_REQUEST: Final = 30.0
 """Seconds that a client has for its first request; until then nobody knows who it is."""
 
+MAX_NODE: Final = 512 << 10
+"""Bytes of a node message, of which nobody knows yet whose it is; Envoy's has 61 KB."""
+
 WRITE_GRACE: Final = 0.2
 """Seconds that a write may take when its stream ends; a client that does not read would keep it for ever."""
 
@@ -699,12 +702,20 @@ def _node(request: Any) -> Node:
     node = request.node
     if not node.id:
         raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "missing node information: node.id is required")
+    if len(node.id) > MAX_NAME or node.ByteSize() > MAX_NODE:
+        text = f"node of more than {MAX_NODE} bytes, or node.id of more than {MAX_NAME} characters"
+        raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+    try:
+        metadata = _interned(json_format.MessageToDict(node.metadata)) if node.HasField("metadata") else {}
+    except ValueError:
+        text = "node.metadata has a number that is none in JSON"
+        raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, text) from None
     version = node.user_agent_build_version.version
     known = node.HasField("user_agent_build_version")
     return Node(
         id=node.id,
         cluster=sys.intern(node.cluster),
-        metadata=_interned(json_format.MessageToDict(node.metadata)) if node.HasField("metadata") else {},
+        metadata=metadata,
         version=sys.intern(f"{version.major_number}.{version.minor_number}.{version.patch}") if known else "",
         wraps=WRAPS in node.client_features,
     )

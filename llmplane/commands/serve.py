@@ -18,7 +18,7 @@ from llmplane.auth import ClientCA, CredentialsError, FileAuthenticator, ServerC
 from llmplane.controlplane import ControlPlane
 from llmplane.mesh import MeshConfigFile, mesh_settings
 from llmplane.options import EXISTING, EXISTING_FILE, MESH, PROXY_IMAGE, SET, AddressType, ConnectTo, Pairs
-from llmplane.process import log_to_stderr, stopped_by_signal
+from llmplane.process import allow_many_files, log_to_stderr, stopped_by_signal
 from llmplane.sources.files import FileSource
 from llmplane.sources.lastgood import LastGood, NoStateDirectoryError, state_file
 from translator.world import MeshSettings
@@ -153,6 +153,7 @@ def serve_command(
             "trusted ones can"
         )
     log_to_stderr()
+    allow_many_files()
     if insecure:
         asks_for_nothing = [admin_address, *([] if xds_client_ca_file or xds_token_file else [xds_address])]
         if found := [str(address) for address in asks_for_nothing if not address.is_loopback]:

@@ -5,7 +5,7 @@ import stat
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
-from watchfiles._rust_notify import RustNotify
+from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 QUIET_MS = 20
 """A change counts when nothing was written for this long, so that a file being written is read whole."""
@@ -38,6 +38,11 @@ async def changes(
                 ignore_permission_denied=True,
             )
         except FileNotFoundError:  # it vanished this very moment
+            continue
+        except (OSError, WatchfilesRustInternalError):
+            if seen is None:
+                raise
+            await asyncio.sleep(LOOK_MS / 1000)  # too many files are open, say: that passes
             continue
         told: object = None
         while not stop.is_set():

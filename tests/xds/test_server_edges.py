@@ -7,10 +7,11 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from tests.xds.client import World, eventually, resource
+from tests.xds.client import World, eventually, how_it_ended, resource, write
+from xds import protos
 from xds.observer import Observer
 from xds.resources import CDS
-from xds.server import ManagementServer, Node, Peer
+from xds.server import AGGREGATED, ManagementServer, Node, Peer
 from xds.snapshot import Snapshot
 from xds.status import State
 from xds.stream import Stream
@@ -132,3 +133,25 @@ async def test_deadline_that_passes_while_a_stream_is_looked_at_is_not_missed(
         await proxy.expect_nothing()
     assert slept
     assert all(now == looked_at for now, looked_at in slept)
+
+
+@pytest.mark.parametrize(
+    ("node", "status"),
+    [
+        ({"id": "x" * 5000}, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ({"id": "x", "metadata": {"a": "b" * 600_000}}, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ({"id": "x", "metadata": {"a": float("nan")}}, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+    ids=["id", "metadata", "no number"],
+)
+async def test_node_is_bounded_before_anybody_knows_whose_it_is(
+    world: World, node: dict[str, Any], status: grpc.StatusCode
+) -> None:
+    """Else what a client says of itself would be written to the log whole."""
+    request = protos.DeltaDiscoveryRequest(type_url=CDS, node=protos.Node(**node))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{world.port}") as channel:
+        call = channel.stream_stream(f"/{AGGREGATED}/DeltaAggregatedResources")()
+        with capture_logs() as logs:
+            await write(call, request.SerializeToString())
+            assert (await how_it_ended(call))[0] is status
+    assert max(len(str(line)) for line in [*logs, ""]) < 1000
