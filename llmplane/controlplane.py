@@ -22,6 +22,7 @@ from crds.problems import ObjectKey, Problem, Severity
 from llmplane.address import Address, AddressInUseError, check_free
 from llmplane.admin import Access, AdminServer
 from llmplane.auth import Identity
+from llmplane.background import running
 from llmplane.checking import ResourceChecker
 from llmplane.metrics import Figures, Metrics
 from llmplane.problems import problems
@@ -169,12 +170,9 @@ class ControlPlane:
             except (OSError, RuntimeError) as error:
                 raise AddressInUseError.of("--xds-address", xds_address, error) from None
             stack.push_async_callback(self.server.stop)
-            if self._mesh_file is not None:
-                watch = asyncio.create_task(self._watch_mesh(self._mesh_file, stop))
-                stack.callback(watch.cancel)
-            if self._archive is not None:
-                renewal = asyncio.create_task(self._renew(self._archive))
-                stack.callback(renewal.cancel)
+            watch = [self._watch_mesh(self._mesh_file, stop)] if self._mesh_file is not None else []
+            renewal = [self._renew(self._archive)] if self._archive is not None else []
+            await stack.enter_async_context(running(*watch, *renewal))
             serving = False
             async for state in self._source.states(stop):
                 try:
@@ -200,13 +198,19 @@ class ControlPlane:
         """
         while True:
             await asyncio.sleep(_RENEWAL)
-            here = set(self.server.groups())
-            refusals = [refusal for refusal in self.server.refusals() if refusal.group in here]
-            for refusal in refusals:
-                if not refusal.archived:
-                    archive.add(replace(refusal, since=time.time()))
-            again = {refusal.group for refusal in refusals if refusal.archived} & self._snapshots.keys()
-            self.server.publish({group: self._snapshots[group] for group in again})
+            try:
+                self._renew_once(archive)
+            except Exception:  # noqa: BLE001 - a mistake of ours, whatever it is
+                _LOG.exception("refusals could not be renewed; proxies keep what they have")
+
+    def _renew_once(self, archive: Archive) -> None:
+        here = set(self.server.groups())
+        refusals = [refusal for refusal in self.server.refusals() if refusal.group in here]
+        for refusal in refusals:
+            if not refusal.archived:
+                archive.add(replace(refusal, since=time.time()))
+        again = {refusal.group for refusal in refusals if refusal.archived} & self._snapshots.keys()
+        self.server.publish({group: self._snapshots[group] for group in again})
 
     async def _watch_mesh(self, file: MeshSource, stop: asyncio.Event) -> None:
         """Take over changes of the mesh configuration."""

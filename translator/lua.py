@@ -12,7 +12,7 @@ JSON values travel as JSON *text* and not as numbers of a protobuf Struct, which
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -36,6 +36,7 @@ attempt on to the next provider, because all attempts share one header map.
 _HEADER_VALUE = re.compile(r"[!-~]+")
 _RECORD, _UNIT = "\x1e", "\x1f"
 """What separates operations, and their parts: control characters for this use, which no JSON text has."""
+_PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - {'"', "\\"}
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -168,3 +169,21 @@ def _member(member: Member) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def literal(value: object) -> str:
+    """Write texts, numbers, lists and mappings of them in Lua."""
+    match value:
+        case str():
+            return '"' + "".join(c if c in _PLAIN else _escaped(c) for c in value) + '"'
+        case int():
+            return str(value)
+        case Mapping():
+            return "{" + ",".join(f"[{literal(key)}]={literal(item)}" for key, item in value.items()) + "}"
+        case Sequence():
+            return "{" + ",".join(map(literal, value)) + "}"
+    raise TypeError(f"{type(value).__name__} is nothing that a filter context holds")
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\{byte:03}" for byte in character.encode())

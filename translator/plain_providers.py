@@ -7,7 +7,7 @@ has several names, of which all lead to the cluster of the short one.
 import re
 
 from translator.hosts import SERVICE_PART
-from translator.older_envoy import literal
+from translator.lua import literal
 
 PLAIN = "outbound|443||"
 """What stands before the host in the name of a plain provider's cluster. The port is that of Istio's name for

@@ -26,7 +26,7 @@ from crds.selection import GATEWAY_NAME_LABEL
 from translator import global_rate_limits
 from translator.clusters import HOST_METADATA
 from translator.features import Feature
-from translator.older_envoy import literal
+from translator.lua import literal
 from translator.proxy import Proxy, ProxyType
 from translator.rules import ROUTE_METADATA
 from translator.services import ServiceDestination

@@ -703,12 +703,12 @@ def _node(request: Any) -> Node:
     if not node.id:
         raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, "missing node information: node.id is required")
     if len(node.id) > MAX_NAME or node.ByteSize() > MAX_NODE:
-        text = f"node of more than {MAX_NODE} bytes, or node.id of more than {MAX_NAME} characters"
+        text = f"node.id of more than {MAX_NAME} characters, or node of more than {MAX_NODE} bytes"
         raise _Closed(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
     try:
         metadata = _interned(json_format.MessageToDict(node.metadata)) if node.HasField("metadata") else {}
     except ValueError:
-        text = "node.metadata has a number that is none in JSON"
+        text = f"node {node.id!r}: metadata has a number that is none in JSON"
         raise _Closed(grpc.StatusCode.INVALID_ARGUMENT, text) from None
     version = node.user_agent_build_version.version
     known = node.HasField("user_agent_build_version")

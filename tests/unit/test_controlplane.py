@@ -32,6 +32,35 @@ class ThreeStates:
         stop.set()
 
 
+async def test_refusals_that_cannot_be_renewed_are_logged_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It goes on beside the source, and ends with it."""
+    tried = asyncio.Semaphore(0)
+
+    def fails(*_: object) -> None:
+        tried.release()
+        raise ValueError("a mistake")
+
+    class UntilTriedTwice:
+        async def states(self, stop: asyncio.Event) -> AsyncIterator[SourceState]:
+            yield SourceState()
+            for _ in range(2):
+                await tried.acquire()
+            stop.set()
+
+    monkeypatch.setattr(controlplane, "_RENEWAL", 0.001)
+    monkeypatch.setattr(ControlPlane, "_renew_once", fails)
+    archive = AcknowledgedFile(tmp_path / "acknowledged.json")
+    running = ControlPlane(UntilTriedTwice(), MeshSettings(), acknowledged=archive)
+    with structlog.testing.capture_logs() as logs:
+        async with asyncio.timeout(60):
+            await running.run(ANY, ANY, asyncio.Event())
+    events = [line["event"] for line in logs]
+    assert events.count("refusals could not be renewed; proxies keep what they have") >= 2
+    assert events[-1] == "stopped"
+
+
 async def test_a_state_that_cannot_be_taken_over_is_logged_and_the_next_one_is_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
